@@ -1,0 +1,1 @@
+"""Images, features, encoder, ranker, evaluation and their registry; knows nothing of Beam."""

@@ -1,0 +1,66 @@
+"""One 64-bit hash for sharding, hold-outs and hashed categories, the same in every month, process and language.
+
+A value's bytes are taken as little-endian 64-bit words, the last padded with zeros; each word is folded in by `h = mix(h ^ word)`
+and the length by a last fold. `mix` is the finaliser of SplitMix64 (Steele, Lea and Flood 2014). `hash64_column` hashes a whole
+Arrow column with one NumPy pass a word; `hash64` is the same for one value and needs no NumPy.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+_MASK = (1 << 64) - 1
+_SEED = 0x9E3779B97F4A7C15
+
+
+def _mix(h: Any) -> Any:
+    # Works on Python integers and on NumPy uint64 arrays alike; the masks only matter for the former.
+    h = (h ^ (h >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    h = (h ^ (h >> 27)) * 0x94D049BB133111EB & _MASK
+    return h ^ (h >> 31)
+
+
+def salted(salt: str) -> int:
+    """The start value of a hash family: different salts are independent hashes."""
+    return hash64(salt.encode(), _SEED) if salt else _SEED
+
+
+def hash64(value: bytes, start: int = _SEED) -> int:
+    """Hash of one value, 0 to 2⁶⁴ − 1; `start` comes from `salted`."""
+    h = start
+    for i in range(0, len(value), 8):
+        h = _mix(h ^ int.from_bytes(value[i : i + 8], "little"))
+    return int(_mix(h ^ len(value)))
+
+
+def hash64_column(column: "pa.Array", start: int = _SEED) -> "np.ndarray":
+    """Hashes of a string or binary column, shape (rows,), dtype uint64; a null hashes as the empty value."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    column = pc.fill_null(column.cast(pa.large_binary()), b"")
+    rows = len(column)
+    offsets = np.frombuffer(column.buffers()[1], np.int64, rows + 1, column.offset * 8)
+    data = np.frombuffer(column.buffers()[2] or b"", np.uint8)[offsets[0] : offsets[-1]] if rows else np.empty(0, np.uint8)
+    first, lengths = offsets[:-1] - offsets[0], np.diff(offsets)
+    padded = np.zeros(len(data) + 8, np.uint8)
+    padded[: len(data)] = data
+    # Overlapping view of the 8 bytes that start at each offset.
+    words = np.lib.stride_tricks.as_strided(padded, (len(data) + 1, 8), (1, 1))
+    hashes = np.full(rows, start, np.uint64)
+    active = np.arange(rows)
+    position = 0
+    while True:
+        active = active[lengths[active] > position]
+        if not len(active):
+            break
+        word = np.ascontiguousarray(words[first[active] + position]).view("<u8").ravel()
+        keep = np.minimum(lengths[active] - position, 8).astype(np.uint64)
+        shift = (np.uint64(8) - keep) * np.uint64(8)
+        word = (word << shift) >> shift
+        hashes[active] = _mix(hashes[active] ^ word)
+        position += 8
+    return _mix(hashes ^ lengths.astype(np.uint64))

@@ -1,0 +1,199 @@
+"""The lake's folders, and the small JSON files in them that say what counts: manifests, receipts and pointers.
+
+A stage's folder holds its files under attempt-unique names and, written last and once, `manifest.json`. Readers take the files that
+the manifest lists and never a glob; what it does not list is garbage of an attempt that failed or was repeated.
+"""
+
+import dataclasses
+import json
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from schemas.storage import Storage
+
+CHAMPION = "models/CHAMPION"
+CURRENT = "lookup/CURRENT"
+MANIFEST = "manifest.json"
+
+
+def check_month(month: str) -> str:
+    """`month` itself, when it is one.
+
+    Raises:
+        ValueError: not of the form YYYY-MM.
+    """
+    if not re.fullmatch(r"\d{4}-(0[1-9]|1[0-2])", month):
+        raise ValueError(f"month {month!r} is not a month; expected YYYY-MM, such as 2026-10")
+    return month
+
+
+def month_after(month: str, months: int = 1) -> str:
+    """The month `months` later (earlier when negative): month_after("2026-12") == "2027-01"."""
+    count = int(month[:4]) * 12 + int(month[5:]) - 1 + months
+    return f"{count // 12:04d}-{count % 12 + 1:02d}"
+
+
+def months_between(first: str, last: str) -> list[str]:
+    """All months from first to last, both included.
+
+    Raises:
+        ValueError: either is no month, or they are out of order.
+    """
+    check_month(first), check_month(last)
+    if first > last:
+        raise ValueError(f"months {first}:{last} run backwards; expected the earlier one first")
+    months = [first]
+    while months[-1] < last:
+        months.append(month_after(months[-1]))
+    return months
+
+
+def raw_ads(month: str) -> str:
+    return f"raw/{month}/ads/"
+
+
+def raw_images(month: str) -> str:
+    return f"raw/{month}/images/"
+
+
+def truth(month: str) -> str:
+    return f"truth/{month}.parquet"
+
+
+def stage_folder(stage: str, month: str, run: str) -> str:
+    """Where a stage of a run keeps its files: `rows/2026-10/<run>`."""
+    return f"{stage}/{month}/{run}"
+
+
+def run_folder(month: str, run: str) -> str:
+    return f"runs/{month}/{run}"
+
+
+def model_folder(kind: str, version: str) -> str:
+    """Where a model lies; `kind` is `encoder` or `ranker`."""
+    return f"models/{kind}/{version}"
+
+
+def unique(folder: str, stem: str, suffix: str) -> str:
+    """A file name of this attempt's own, so that repeated work never overwrites what counts."""
+    return f"{folder}/{stem}-{uuid.uuid4().hex[:12]}{suffix}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Receipt:
+    """What one unit of work has done, told exactly once.
+
+    Attributes:
+        unit: the unit's name, unique in the stage (a file, a shard and its part).
+        file: the attempt's output, relative to the lake; empty where the unit left none.
+        rows: rows in `file`.
+        counts: further counts by name, such as rows read or rejects by reason.
+        crc32c: checksum of `file`; empty where there is none.
+    """
+
+    unit: str
+    file: str = ""
+    rows: int = 0
+    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    crc32c: str = ""
+
+    def __hash__(self) -> int:
+        return hash((self.unit, self.file))
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The receipts of a completed stage, in order of unit, and what else readers need to know of it."""
+
+    stage: str
+    receipts: tuple[Receipt, ...]
+    info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        return sum(receipt.rows for receipt in self.receipts)
+
+    @property
+    def files(self) -> list[str]:
+        return [receipt.file for receipt in self.receipts if receipt.file]
+
+    def count(self, name: str) -> int:
+        """Sum of one count over the receipts."""
+        return sum(receipt.counts.get(name, 0) for receipt in self.receipts)
+
+    def counts(self, prefix: str) -> dict[str, int]:
+        """Sums of all counts whose name starts with `prefix`, without it."""
+        names = sorted({name for receipt in self.receipts for name in receipt.counts if name.startswith(prefix)})
+        return {name[len(prefix) :]: self.count(name) for name in names}
+
+    def to_json(self) -> bytes:
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "Manifest":
+        values = json.loads(data)
+        receipts = tuple(Receipt(**receipt) for receipt in values.pop("receipts"))
+        return cls(receipts=receipts, **values)
+
+
+def read_manifest(storage: Storage, folder: str) -> Manifest | None:
+    """The manifest of a folder, or None while its stage is not complete."""
+    try:
+        return Manifest.from_json(storage.read(f"{folder}/{MANIFEST}"))
+    except FileNotFoundError:
+        return None
+
+
+def commit(storage: Storage, folder: str, manifest: Manifest) -> Manifest:
+    """Complete a stage: create its manifest, or adopt the one that another finaliser created first."""
+    storage.create(f"{folder}/{MANIFEST}", manifest.to_json())
+    adopted = read_manifest(storage, folder)
+    assert adopted is not None
+    return adopted
+
+
+def one_receipt_each(receipts: Sequence[Receipt]) -> Receipt:
+    """Of the receipts of one unit, told by attempts that a runner repeated, the one that counts: the same whatever the order."""
+    return min(receipts, key=lambda receipt: receipt.file)
+
+
+@dataclasses.dataclass(frozen=True)
+class Champion:
+    """`models/CHAMPION`: the pair that is published now, and the run that made it so."""
+
+    encoder: str
+    ranker: str
+    month: str
+    run: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Current:
+    """`lookup/CURRENT`: the run that the REST service answers from."""
+
+    month: str
+    run: str
+
+
+Pointer = TypeVar("Pointer", Champion, Current)
+
+
+def read_pointer(storage: Storage, name: str, kind: type[Pointer]) -> tuple[Pointer | None, str | None]:
+    """The pointer's value and version, (None, None) while there is none."""
+    data, version = storage.read_versioned(name)
+    return (None, None) if data is None else (kind(**json.loads(data)), version)
+
+
+def move_pointer(storage: Storage, name: str, value: Pointer) -> bool:
+    """Point to `value` unless the pointer is at a later month; False then. A concurrent move is looked at again, never overwritten."""
+    data = json.dumps(dataclasses.asdict(value), indent=1).encode()
+    while True:
+        there, version = read_pointer(storage, name, type(value))
+        if there == value:
+            return True
+        if there is not None and there.month > value.month:
+            return False
+        if storage.swap(name, version, data):
+            return True

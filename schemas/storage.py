@@ -1,0 +1,341 @@
+"""Where a lake lies: a Google Cloud Storage bucket or a plain folder, behind one small interface.
+
+Names are relative to the lake, with `/` between their parts. Objects are immutable once written, but for the few pointer files that
+`swap` moves. Every backend is a frozen dataclass of its URI alone, so it travels to workers by pickle; clients are made where they
+are used, once a process.
+"""
+
+import abc
+import base64
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import io
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, BinaryIO
+
+CONNECTIONS = 64
+STREAM_CHUNK = 8 << 20
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Entry:
+    """One stored object as a listing shows it.
+
+    Attributes:
+        name: path relative to the lake.
+        size: bytes.
+        crc32c: base64 of the content's CRC32C, as Google Cloud Storage writes it.
+    """
+
+    name: str
+    size: int
+    crc32c: str
+
+
+class Storage(abc.ABC):
+    """A flat name → bytes store with create-once and compare-and-swap."""
+
+    uri: str
+
+    @abc.abstractmethod
+    def names(self, prefix: str) -> list[str]:
+        """Sorted names that start with `prefix`; nothing is read."""
+
+    @abc.abstractmethod
+    def entries(self, prefix: str) -> list[Entry]:
+        """Sorted entries under `prefix` with their checksums; a bucket's listing has them, a folder's files are read once and remembered."""
+
+    @abc.abstractmethod
+    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        """The object's bytes, or a range of them. Raises FileNotFoundError."""
+
+    @abc.abstractmethod
+    def open(self, name: str) -> BinaryIO:
+        """A stream over the object that holds a few MiB of it at a time. Raises FileNotFoundError."""
+
+    @abc.abstractmethod
+    def write(self, name: str, data: bytes) -> None:
+        """Write whole, never half; the name should be unique to the attempt."""
+
+    @abc.abstractmethod
+    def create(self, name: str, data: bytes) -> bool:
+        """Write only if there is no such object yet; False if there is."""
+
+    @abc.abstractmethod
+    def swap(self, name: str, version: str | None, data: bytes) -> bool:
+        """Write only if the object's version is still `version` (None: absent); False if it moved."""
+
+    @abc.abstractmethod
+    def read_versioned(self, name: str) -> tuple[bytes, str] | tuple[None, None]:
+        """Bytes and version for a later `swap`, or (None, None) if absent."""
+
+    @abc.abstractmethod
+    def upload(self, path: pathlib.Path, name: str) -> None:
+        """Write a local file under `name`, whole."""
+
+    @abc.abstractmethod
+    def local(self, name: str) -> contextlib.AbstractContextManager[pathlib.Path]:
+        """A local path with the object's content, for libraries that want files; a bucket's copy is removed at exit."""
+
+    @abc.abstractmethod
+    def url(self, name: str) -> str:
+        """What a person or another service calls the object."""
+
+    def read_json(self, name: str) -> Any:
+        """The object as JSON, or None if absent."""
+        try:
+            return json.loads(self.read(name))
+        except FileNotFoundError:
+            return None
+
+
+def open_storage(uri: str) -> Storage:
+    """The store behind `gs://bucket[/prefix]` or a folder path.
+
+    Raises:
+        ValueError: another scheme, or a bucket without a name.
+    """
+    if uri.startswith("gs://"):
+        bucket, _, prefix = uri[5:].strip("/").partition("/")
+        if len(bucket) < 3:
+            raise ValueError(f"{uri!r} names no bucket; expected gs://bucket[/prefix] with a bucket name of at least 3 characters")
+        return Bucket(f"gs://{bucket}/{prefix}" if prefix else f"gs://{bucket}")
+    if "://" in uri:
+        raise ValueError(f"{uri!r} has an unknown scheme; expected gs://bucket[/prefix] or a folder")
+    return Folder(os.path.abspath(os.path.expanduser(uri)))
+
+
+def crc32c(data: bytes) -> str:
+    """Base64 of the big-endian CRC32C, as Google Cloud Storage reports it."""
+    import google_crc32c
+
+    return base64.b64encode(google_crc32c.value(data).to_bytes(4, "big")).decode()
+
+
+def _crc32c_of_file(path: pathlib.Path) -> str:
+    import google_crc32c
+
+    checksum = google_crc32c.Checksum()
+    with path.open("rb") as stream:
+        for _ in checksum.consume(stream, STREAM_CHUNK):
+            pass
+    return base64.b64encode(checksum.digest()).decode()
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder(Storage):
+    """A lake in a local folder: hard links create, a lock and a rename swap."""
+
+    uri: str
+
+    @property
+    def _root(self) -> pathlib.Path:
+        return pathlib.Path(self.uri)
+
+    def names(self, prefix: str) -> list[str]:
+        start = self._root / prefix
+        top = start if start.is_dir() else start.parent
+        found = []
+        for folder, _, files in os.walk(top):
+            relative = os.path.relpath(folder, self._root).replace(os.sep, "/")
+            found += [file if relative == "." else f"{relative}/{file}" for file in files if not file.startswith(".")]
+        return sorted(name for name in found if name.startswith(prefix))
+
+    def entries(self, prefix: str) -> list[Entry]:
+        # A checksum is remembered with the size and modification time it was computed at, so a file is read again only when it changed.
+        memory_path = self._root / ".checksums" / (hashlib.sha256(prefix.encode()).hexdigest()[:16] + ".json")
+        try:
+            memory = json.loads(memory_path.read_text())
+        except FileNotFoundError:
+            memory = {}
+
+        def entry(name: str) -> tuple[Entry, int]:
+            path = self._root / name
+            stat = path.stat()
+            size, changed, checksum = memory.get(name, (None, None, None))
+            if (size, changed) != (stat.st_size, stat.st_mtime_ns):
+                checksum = _crc32c_of_file(path)
+            return Entry(name, stat.st_size, checksum), stat.st_mtime_ns
+
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(entry, self.names(prefix)))
+        remembered = {e.name: [e.size, changed, e.crc32c] for e, changed in found}
+        if remembered != memory:
+            self._replace(memory_path, json.dumps(remembered).encode())
+        return [e for e, _ in found]
+
+    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        with open(self._root / name, "rb") as stream:
+            stream.seek(offset)
+            return stream.read(-1 if length is None else length)
+
+    def open(self, name: str) -> BinaryIO:
+        return open(self._root / name, "rb")
+
+    def write(self, name: str, data: bytes) -> None:
+        self._replace(self._root / name, data)
+
+    def create(self, name: str, data: bytes) -> bool:
+        path = self._root / name
+        temporary = self._temporary(path, data)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink()
+        return True
+
+    def swap(self, name: str, version: str | None, data: bytes) -> bool:
+        path = self._root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.parent / f".{path.name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if self.read_versioned(name)[1] != version:
+                return False
+            self._replace(path, data)
+        return True
+
+    def read_versioned(self, name: str) -> tuple[bytes, str] | tuple[None, None]:
+        try:
+            data = self.read(name)
+        except FileNotFoundError:
+            return None, None
+        return data, hashlib.sha256(data).hexdigest()
+
+    def upload(self, path: pathlib.Path, name: str) -> None:
+        target = self._root / name
+        temporary = self._temporary(target, b"")
+        shutil.copyfile(path, temporary)
+        os.replace(temporary, target)
+
+    @contextlib.contextmanager
+    def local(self, name: str) -> Iterator[pathlib.Path]:
+        path = self._root / name
+        if not path.is_file():
+            raise FileNotFoundError(path)
+        yield path
+
+    def url(self, name: str) -> str:
+        return str(self._root / name)
+
+    def _temporary(self, path: pathlib.Path, data: bytes) -> pathlib.Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+        temporary.write_bytes(data)
+        return temporary
+
+    def _replace(self, path: pathlib.Path, data: bytes) -> None:
+        os.replace(self._temporary(path, data), path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket(Storage):
+    """A lake in a bucket, or under a prefix of one: generations create and swap."""
+
+    uri: str
+
+    @property
+    def _bucket(self) -> Any:
+        return _client().bucket(self.uri[5:].partition("/")[0])
+
+    @property
+    def _prefix(self) -> str:
+        prefix = self.uri[5:].partition("/")[2]
+        return prefix + "/" if prefix else ""
+
+    def _blob(self, name: str) -> Any:
+        return self._bucket.blob(self._prefix + name)
+
+    def _blobs(self, prefix: str) -> Iterable[Any]:
+        fields = "items(name,size,crc32c),nextPageToken"
+        return _client().list_blobs(self._bucket, prefix=self._prefix + prefix, fields=fields)
+
+    def names(self, prefix: str) -> list[str]:
+        return sorted(blob.name[len(self._prefix) :] for blob in self._blobs(prefix))
+
+    def entries(self, prefix: str) -> list[Entry]:
+        return sorted(Entry(blob.name[len(self._prefix) :], blob.size, blob.crc32c) for blob in self._blobs(prefix))
+
+    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        if length == 0:
+            return b""
+        end = None if length is None else offset + length - 1
+        with self._not_found(name):
+            return self._blob(name).download_as_bytes(start=offset or None if length is None else offset, end=end)
+
+    def open(self, name: str) -> BinaryIO:
+        with self._not_found(name):
+            blob = self._blob(name)
+            blob.reload()
+            return io.BufferedReader(blob.open("rb", chunk_size=STREAM_CHUNK), STREAM_CHUNK)
+
+    def write(self, name: str, data: bytes) -> None:
+        self._blob(name).upload_from_string(data, content_type="application/octet-stream", checksum="crc32c")
+
+    def create(self, name: str, data: bytes) -> bool:
+        return self._conditional(name, 0, data)
+
+    def swap(self, name: str, version: str | None, data: bytes) -> bool:
+        return self._conditional(name, int(version or 0), data)
+
+    def read_versioned(self, name: str) -> tuple[bytes, str] | tuple[None, None]:
+        blob = self._bucket.get_blob(self._prefix + name)
+        if blob is None:
+            return None, None
+        return blob.download_as_bytes(if_generation_match=blob.generation), str(blob.generation)
+
+    def upload(self, path: pathlib.Path, name: str) -> None:
+        self._blob(name).upload_from_filename(str(path), content_type="application/octet-stream", checksum="crc32c")
+
+    @contextlib.contextmanager
+    def local(self, name: str) -> Iterator[pathlib.Path]:
+        with tempfile.TemporaryDirectory(prefix="adstocrat-") as folder:
+            path = pathlib.Path(folder) / pathlib.PurePosixPath(name).name
+            with self._not_found(name):
+                self._blob(name).download_to_filename(str(path))
+            yield path
+
+    def url(self, name: str) -> str:
+        return f"{self.uri}/{name}"
+
+    def _conditional(self, name: str, generation: int, data: bytes) -> bool:
+        from google.api_core.exceptions import PreconditionFailed
+
+        try:
+            self._blob(name).upload_from_string(data, content_type="application/json", if_generation_match=generation, checksum="crc32c")
+        except PreconditionFailed:
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def _not_found(self, name: str) -> Iterator[None]:
+        from google.api_core.exceptions import NotFound
+
+        try:
+            yield
+        except NotFound as error:
+            raise FileNotFoundError(self.url(name)) from error
+
+
+@functools.cache
+def _client() -> Any:
+    """One storage client a process, with a connection for each fetching thread."""
+    from google.cloud import storage
+    from requests.adapters import HTTPAdapter
+
+    client = storage.Client()
+    adapter = HTTPAdapter(pool_maxsize=CONNECTIONS, pool_connections=CONNECTIONS)
+    client._http.mount("https://", adapter)
+    client._http.mount("http://", adapter)
+    return client

@@ -1,0 +1,1 @@
+"""The lookup table and its REST service; imports neither Beam nor TensorFlow."""

@@ -1,0 +1,36 @@
+"""Packaging: `pip install .` for the whole system, `pip install .[local]` with the emulators, `pip install .[dev]` to work on it."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="adstocrat",
+    version="0.1.0",
+    description="Monthly batch scoring of ads: rows and images in, click probabilities in BigQuery and behind REST out",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.12",
+    packages=find_packages(include=["schemas", "schemas.*", "model", "model.*", "beam_jobs", "beam_jobs.*", "serving", "serving.*"]),
+    package_data={"schemas": ["*.pbtxt", "tables/*.json", "audits/*.sql", "views/*.sql"]},
+    install_requires=[
+        "apache-beam[gcp]>=2.77,<2.78",
+        "google-cloud-bigquery>=3.47",
+        "google-cloud-storage>=3.17",
+        "google-crc32c",
+        "keras>=3.15",
+        "lmdb",
+        "numpy",
+        "pillow",
+        "pyarrow>=25",
+        "pyyaml",
+        "simplejpeg",
+        "starlette",
+        "tensorflow>=2.21,<2.22",
+        "tensorflow-metadata>=1.21",
+        "tfx-bsl>=1.21",
+        "uvicorn[standard]",
+    ],
+    extras_require={
+        "local": ["bqemulator", "duckdb-extension-spatial", "duckdb-extensions", "gcp-storage-emulator"],
+        "dev": ["hypothesis", "mypy", "pytest", "ruff", "types-PyYAML"],
+    },
+    entry_points={"console_scripts": ["adstocrat=beam_jobs.cli:main"]},
+)
