@@ -1,0 +1,290 @@
+"""The contract: which columns an inventory has, what they mean, and what values they may take.
+
+It is a TensorFlow Metadata `Schema` in text form, so that other tools read it too; the meaning of a column is in its annotation tags:
+
+    key           part of the ad's key (one or more columns; together unique in a month)
+    image         name of the ad's creative, relative to the month's images folder; may be empty
+    clicked       outcome of one impression, 0 or 1; or, for summed rows,
+    clicks        and
+    impressions   outcome of many impressions; an empty outcome or 0 impressions is an unlabelled row
+    position      where the ad was shown; an input in training, held at `reference:N` (default 1) in scoring
+    segment       sliced by in the gate and in reports, and carried into the score table; a feature as well
+    categorical   an INT column whose numbers are names (BYTES columns always are)
+    ignore        read and dropped
+
+All other columns are features.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+DEFAULT = pathlib.Path(__file__).with_name("ads.pbtxt")
+TAGS = ("key", "image", "clicked", "clicks", "impressions", "position", "segment", "categorical", "ignore")
+OUTCOMES = ("clicked", "clicks", "impressions")
+# What Adstocrat itself adds to rows and scores; a contract's key and segment columns stand beside them and must not collide.
+RESERVED = frozenset(("month", "key", "p_click", "creative", "image_status", "score_status", "encoder_version", "model_version", "run_id"))
+
+
+class ContractError(ValueError):
+    """A contract that cannot be used, with the column, what was expected and the fix."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One column of the CSV.
+
+    Attributes:
+        name: its header.
+        kind: `bytes` (UTF-8 text), `int` (64 bits) or `float` (64 bits).
+        tags: its meaning, see the module's docstring.
+        required: whether a row without a value is rejected.
+        minimum, maximum: inclusive bounds of numbers; None is unbounded.
+        reference: the position that scores are given at; only used with the tag `position`.
+    """
+
+    name: str
+    kind: str
+    tags: frozenset[str] = frozenset()
+    required: bool = False
+    minimum: float | None = None
+    maximum: float | None = None
+    reference: float = 1.0
+
+    @property
+    def arrow_type(self) -> "pa.DataType":
+        import pyarrow as pa
+
+        return {"bytes": pa.string(), "int": pa.int64(), "float": pa.float64()}[self.kind]
+
+    @property
+    def categorical(self) -> bool:
+        return self.kind == "bytes" or "categorical" in self.tags
+
+
+@dataclasses.dataclass(frozen=True)
+class Contract:
+    """The columns of an inventory, in the order of the contract's file; checked when made.
+
+    Raises:
+        ContractError: a column has no usable type or meaning, or they do not make a whole.
+    """
+
+    columns: tuple[Column, ...]
+
+    def __post_init__(self) -> None:
+        names = [column.name for column in self.columns]
+        for name in {name for name in names if names.count(name) > 1}:
+            raise ContractError(f"contract column {name!r} is there twice; keep one")
+        for column in self.columns:
+            for tag in column.tags - set(TAGS):
+                raise ContractError(f"contract column {column.name!r} has the tag {tag!r}; expected one of {', '.join(TAGS)}")
+        for tag in ("image", *OUTCOMES, "position"):
+            tagged = [column.name for column in self._tagged(tag)]
+            if len(tagged) > 1:
+                raise ContractError(f"contract columns {', '.join(tagged)} are all tagged {tag!r}; expected one at most")
+        if not self.key:
+            raise ContractError("no contract column is tagged 'key'; tag the column or columns that together name an ad")
+        if bool(self.clicks) != bool(self.impressions) or (self.clicked and self.clicks):
+            raise ContractError("the outcome is either one column tagged 'clicked', or one tagged 'clicks' and one tagged 'impressions'")
+        for column in self.outcomes:
+            if column.kind != "int":
+                raise ContractError(f"contract column {column.name!r} is an outcome of type {column.kind!r}; expected INT")
+        if self.position and self.position.kind == "bytes":
+            raise ContractError(f"contract column {self.position.name!r} is a position of type BYTES; expected INT or FLOAT")
+        if self.image and self.image.kind != "bytes":
+            raise ContractError(f"contract column {self.image.name!r} is an image of type {self.image.kind!r}; expected BYTES")
+        for column in (*self.key, *self.segments):
+            if column.name.lower() in RESERVED:
+XX
+
+    def _tagged(self, tag: str) -> tuple[Column, ...]:
+        return tuple(column for column in self.columns if tag in column.tags)
+
+    def _one(self, tag: str) -> Column | None:
+        return next(iter(self._tagged(tag)), None)
+
+    @property
+    def key(self) -> tuple[Column, ...]:
+        return self._tagged("key")
+
+    @property
+    def image(self) -> Column | None:
+        return self._one("image")
+
+    @property
+    def clicked(self) -> Column | None:
+        return self._one("clicked")
+
+    @property
+    def clicks(self) -> Column | None:
+        return self._one("clicks")
+
+    @property
+    def impressions(self) -> Column | None:
+        return self._one("impressions")
+
+    @property
+    def outcomes(self) -> tuple[Column, ...]:
+        return tuple(column for column in (self.clicked, self.clicks, self.impressions) if column)
+
+    @property
+    def position(self) -> Column | None:
+        return self._one("position")
+
+    @property
+    def segments(self) -> tuple[Column, ...]:
+        return self._tagged("segment")
+
+    @property
+    def kept(self) -> tuple[Column, ...]:
+        """The columns that ingest keeps."""
+        return tuple(column for column in self.columns if "ignore" not in column.tags)
+
+    @property
+    def features(self) -> tuple[Column, ...]:
+        """What the ranker sees beside the image and the position: never an outcome, never the key."""
+        taken = {"key", "image", "position", "ignore", *OUTCOMES}
+        return tuple(column for column in self.columns if not column.tags & taken)
+
+    @property
+    def carried(self) -> tuple[Column, ...]:
+        """Key and segment columns, in the contract's order: what the score table shows of a row beside its score."""
+        return tuple(column for column in self.kept if column.tags & {"key", "segment"})
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Digest of everything that columns mean; comments and layout of the file do not count."""
+        plain = [{**dataclasses.asdict(column), "tags": sorted(column.tags)} for column in self.columns]
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load(path: pathlib.Path | str) -> Contract:
+    """Read a contract file.
+
+    Raises:
+        ContractError: no such file, not a TensorFlow Metadata Schema in text form, or a column that cannot be used.
+    """
+    try:
+        text = pathlib.Path(path).read_text()
+    except FileNotFoundError:
+        raise ContractError(f"contract {str(path)!r} does not exist; draft one with `adstocrat infer-contract FILES`") from None
+    return parse(text, str(path))
+
+
+def parse(text: str, name: str = "contract") -> Contract:
+    """A contract from its text form; `name` is what errors call it."""
+    from google.protobuf import text_format
+    from tensorflow_metadata.proto.v0 import schema_pb2
+
+    try:
+        schema = text_format.Parse(text, schema_pb2.Schema())
+    except text_format.ParseError as error:
+        raise ContractError(f"{name} is not a TensorFlow Metadata Schema in text form: {error}") from None
+    return Contract(tuple(_column(feature) for feature in schema.feature))
+
+
+def dumps(contract: Contract) -> str:
+    """The contract in text form, as `load` reads it."""
+    from google.protobuf import text_format
+    from tensorflow_metadata.proto.v0 import schema_pb2
+
+    schema = schema_pb2.Schema()
+    for column in contract.columns:
+        feature = schema.feature.add(name=column.name, type=schema_pb2.FeatureType.Value(column.kind.upper()))
+        if column.required:
+            feature.presence.min_fraction = 1.0
+        domain = {"int": feature.int_domain, "float": feature.float_domain}.get(column.kind)
+        for bound, value in (("min", column.minimum), ("max", column.maximum)):
+            if domain is not None and value is not None:
+                setattr(domain, bound, int(value) if column.kind == "int" else value)
+        feature.annotation.tag.extend(tag for tag in TAGS if tag in column.tags)
+        if "position" in column.tags:
+            feature.annotation.tag.append(f"reference:{column.reference:g}")
+    return text_format.MessageToString(schema)
+
+
+def _column(feature: Any) -> Column:
+    from tensorflow_metadata.proto.v0 import schema_pb2
+
+    kind = schema_pb2.FeatureType.Name(feature.type).lower()
+    if kind not in ("bytes", "int", "float"):
+        raise ContractError(f"contract column {feature.name!r} has type {kind.upper()}; expected BYTES, INT or FLOAT")
+    tags = set(feature.annotation.tag)
+    references = {tag for tag in tags if tag.startswith("reference:")}
+    domain = {"int_domain": feature.int_domain, "float_domain": feature.float_domain}.get(feature.WhichOneof("domain_info") or "")
+    bounds = {} if domain is None else {f.name: value for f, value in domain.ListFields()}
+    try:
+        reference = float(min(references).partition(":")[2]) if references else 1.0
+    except ValueError:
+        raise ContractError(f"contract column {feature.name!r} has the tag {min(references)!r}; expected reference:NUMBER") from None
+    return Column(
+        name=feature.name,
+        kind=kind,
+        tags=frozenset(tags - references),
+        required="key" in tags or feature.presence.min_fraction >= 1.0,
+        minimum=bounds.get("min"),
+        maximum=bounds.get("max"),
+        reference=reference,
+    )
+
+
+def infer(files: Sequence[str], roles: dict[str, Sequence[str]]) -> Contract:
+    """Draft a contract from CSV files: every value of every file is looked at, so that what is drafted reads them all.
+
+    Args:
+        files: paths of CSV files with a header; `.gz` is unpacked.
+        roles: column names by tag, such as {"key": ["ad_id"], "image": ["image"]}.
+
+    Raises:
+        ContractError: no file, a role's column is not in the files, or a file cannot be read as CSV.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.csv as csv
+
+    kinds: dict[str, str | None] = {}
+    if not files:
+        raise ContractError("no file to infer a contract from; name one or more CSV files")
+    for file in files:
+        try:
+            with csv.open_csv(file, read_options=csv.ReadOptions(use_threads=False)) as peek:
+                names = peek.schema.names
+            options = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, null_values=[""])
+            with csv.open_csv(file, parse_options=csv.ParseOptions(newlines_in_values=True), convert_options=options) as reader:
+                for batch in reader:
+                    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                        kinds[name] = _widen(kinds.get(name), column, pa, pc)
+        except (FileNotFoundError, pa.ArrowInvalid) as error:
+            raise ContractError(f"{file!r} cannot be read as CSV: {error}") from None
+    for tag, columns in roles.items():
+        for name in columns:
+            if name not in kinds:
+                raise ContractError(f"--{tag} {name!r} is not a column of the files; expected one of {', '.join(kinds)}")
+    drafted = []
+    for name, kind in kinds.items():
+        tags = frozenset(tag for tag, columns in roles.items() if name in columns)
+        # Image names are text even where they look like numbers, and so is a column without a value.
+        drafted.append(Column(name, "bytes" if "image" in tags else kind or "bytes", tags, required="key" in tags))
+    return Contract(tuple(drafted))
+
+
+def _widen(kind: str | None, column: Any, pa: Any, pc: Any) -> str | None:
+    """The narrowest type that holds what was seen before and this column too; None while all values are missing."""
+    if column.null_count == len(column):
+        return kind
+    for candidate, arrow in (("int", pa.int64()), ("float", pa.float64())):
+        if kind in (None, "int", candidate):
+            try:
+                pc.cast(column, arrow)
+            except pa.ArrowInvalid:
+                continue
+            return candidate
+    return "bytes"
