@@ -103,7 +103,9 @@ class Contract:
             raise ContractError(f"contract column {self.image.name!r} is an image of type {self.image.kind!r}; expected BYTES")
         for column in (*self.key, *self.segments):
             if column.name.lower() in RESERVED:
-XX
+                raise ContractError(
+                    f"contract column {column.name!r} has a reserved name ({', '.join(sorted(RESERVED))}); rename it in the export"
+                )
 
     def _tagged(self, tag: str) -> tuple[Column, ...]:
         return tuple(column for column in self.columns if tag in column.tags)

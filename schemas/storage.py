@@ -53,7 +53,7 @@ class Storage(abc.ABC):
 
     @abc.abstractmethod
     def entries(self, prefix: str) -> list[Entry]:
-        """Sorted entries under `prefix` with their checksums; a bucket's listing has them, a folder's files are read once and remembered."""
+        """Sorted entries under `prefix` with their checksums; a folder's files are read for them, once."""
 
     @abc.abstractmethod
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
