@@ -88,6 +88,10 @@ class Storage(abc.ABC):
         """A local path with the object's content, for libraries that want files; a bucket's copy is removed at exit."""
 
     @abc.abstractmethod
+    def delete(self, prefix: str) -> None:
+        """Remove every object whose name starts with `prefix`; none is no error."""
+
+    @abc.abstractmethod
     def url(self, name: str) -> str:
         """What a person or another service calls the object."""
 
@@ -226,6 +230,10 @@ class Folder(Storage):
             raise FileNotFoundError(path)
         yield path
 
+    def delete(self, prefix: str) -> None:
+        for name in self.names(prefix):
+            (self._root / name).unlink(missing_ok=True)
+
     def url(self, name: str) -> str:
         return str(self._root / name)
 
@@ -290,10 +298,15 @@ class Bucket(Storage):
         return self._conditional(name, int(version or 0), data)
 
     def read_versioned(self, name: str) -> tuple[bytes, str] | tuple[None, None]:
-        blob = self._bucket.get_blob(self._prefix + name)
-        if blob is None:
-            return None, None
-        return blob.download_as_bytes(if_generation_match=blob.generation), str(blob.generation)
+        from google.api_core.exceptions import NotFound, PreconditionFailed
+
+        while (blob := self._bucket.get_blob(self._prefix + name)) is not None:
+            # Taken before the download, which sets the blob's own generation from a header that not every server sends.
+            generation = blob.generation
+            # The object moved between the two requests: look again.
+            with contextlib.suppress(NotFound, PreconditionFailed):
+                return blob.download_as_bytes(if_generation_match=generation), str(generation)
+        return None, None
 
     def upload(self, path: pathlib.Path, name: str) -> None:
         self._blob(name).upload_from_filename(str(path), content_type="application/octet-stream", checksum="crc32c")
@@ -305,6 +318,13 @@ class Bucket(Storage):
             with self._not_found(name):
                 self._blob(name).download_to_filename(str(path))
             yield path
+
+    def delete(self, prefix: str) -> None:
+        from google.api_core.exceptions import NotFound
+
+        for blob in self._blobs(prefix):
+            with contextlib.suppress(NotFound):
+                blob.delete()
 
     def url(self, name: str) -> str:
         return f"{self.uri}/{name}"

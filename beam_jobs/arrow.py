@@ -1,0 +1,384 @@
+"""Arrow in Beam: the coder of RecordBatches, `Repartition` by spill files, Parquet files with receipts, and the commit of a stage.
+
+Rows travel as `pyarrow.RecordBatch` and nothing else. Whoever yields them declares it with `.with_output_types(...)` on the transform, or
+Beam falls back to pickle without a word; a test asserts the coder on every edge.
+"""
+
+import dataclasses
+import io
+import pathlib
+import tempfile
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from apache_beam.transforms.window import GlobalWindow
+from apache_beam.utils.windowed_value import WindowedValue
+
+from schemas import lake
+from schemas.lake import Manifest, Receipt
+from schemas.storage import Storage, crc32c
+
+BATCH_ROWS = 65_536
+# A spill is written when it holds this much; its sections are what a shard reads by range later, so bigger means fewer reads.
+SPILL_BYTES = 96 << 20
+UNIT_ROWS = 1_000_000
+
+
+class RecordBatchCoder(beam.coders.Coder):
+    """A RecordBatch as an Arrow IPC stream: a slice writes its own rows only, where pickle would write the whole parent."""
+
+    def encode(self, value: pa.RecordBatch) -> bytes:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, value.schema) as writer:
+            writer.write_batch(value)
+        return bytes(sink.getvalue())
+
+    def decode(self, encoded: bytes) -> pa.RecordBatch:
+        with pa.ipc.open_stream(encoded) as reader:
+            return reader.read_next_batch()
+
+    def estimate_size(self, value: pa.RecordBatch) -> int:
+        # Without it Beam encodes batches only to sample their size.
+        return value.nbytes
+
+    def is_deterministic(self) -> bool:
+        return True
+
+    def to_type_hint(self) -> Any:
+        return pa.RecordBatch
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+
+beam.coders.registry.register_coder(pa.RecordBatch, RecordBatchCoder)
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A shard's rows in one spill file: the bytes of an Arrow IPC stream.
+
+    Attributes:
+        file: the spill file, relative to the lake.
+        offset, length: bytes.
+        rows: rows in it.
+        crc32c: checksum of those bytes.
+    """
+
+    file: str
+    offset: int
+    length: int
+    rows: int
+    crc32c: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """The rows of one shard, or a part of a hot shard, as sections to stream.
+
+    Attributes:
+        shard: which shard.
+        part: 0, or which part of a shard that is cut.
+        sections: in an order that depends on their content alone.
+    """
+
+    shard: int
+    part: int
+    sections: tuple[Section, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.shard:05d}.{self.part:03d}"
+
+    @property
+    def rows(self) -> int:
+        return sum(section.rows for section in self.sections)
+
+
+def shard_of_unit(name: str) -> int:
+    """The shard in a unit's name, the inverse of `Unit.name`."""
+    return int(name.rpartition("/")[2].partition(".")[0])
+
+
+def shards_for(rows: int, rows_per_shard: int = UNIT_ROWS // 2) -> int:
+    """How many shards hold `rows` rows: half a unit each, so that an ordinary shard is one unit."""
+    return max(1, -(-rows // rows_per_shard))
+
+
+@dataclasses.dataclass(eq=False)
+class Repartition(beam.PTransform):
+    """Bring the rows of each shard together without holding them: PCollection[RecordBatch] → PCollection[Unit].
+
+    Each bundle writes its rows, sorted by shard, to spill files; only the sections' addresses go through GroupByKey. Read a unit with
+    `read_unit`. Memory does not grow with the rows.
+
+    Attributes:
+        storage, spill: where the spill files go; a folder of this launch's own, removed when its stage is committed.
+        shards: how many there are.
+        assign: RecordBatch → shard of each row, shape (rows,), integers in [0, shards).
+        unit_rows: a shard of more rows is cut into units of about that many; None never cuts.
+    """
+
+    storage: Storage
+    spill: str
+    shards: int
+    assign: Callable[[pa.RecordBatch], np.ndarray]
+    unit_rows: int | None = UNIT_ROWS
+
+    def expand(self, batches: beam.PCollection) -> beam.PCollection:
+        return (
+            batches
+            | "Spill" >> beam.ParDo(_Spill(self.storage, self.spill, self.shards, self.assign)).with_output_types(tuple[int, Section])
+            | "GroupByShard" >> beam.GroupByKey()
+            | "CutIntoUnits" >> beam.FlatMap(cut_into_units, self.unit_rows).with_output_types(Unit)
+        )
+
+
+class _Spill(beam.DoFn):
+    """Buffers batches and writes them out, sorted by shard, when there are enough or the bundle ends."""
+
+    def __init__(self, storage: Storage, spill: str, shards: int, assign: Callable[[pa.RecordBatch], np.ndarray]):
+        self._storage, self._spill, self._shards, self._assign = storage, spill, shards, assign
+
+    def start_bundle(self) -> None:
+        self._batches: list[pa.RecordBatch] = []
+        self._bytes = 0
+
+    def process(self, batch: pa.RecordBatch) -> Iterator[tuple[int, Section]]:
+        self._batches.append(batch)
+        self._bytes += batch.nbytes
+        if self._bytes >= SPILL_BYTES:
+            yield from self._write()
+
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        for addressed in self._write():
+            yield WindowedValue(addressed, GlobalWindow().max_timestamp(), (GlobalWindow(),))
+
+    def _write(self) -> Iterator[tuple[int, Section]]:
+        rows = sum(batch.num_rows for batch in self._batches)
+        if rows:
+            name = lake.unique(self._spill, "spill", ".arrows")
+            data, addressed = spill_sections(self._batches, self._shards, self._assign, name)
+            self._storage.write(name, data)
+            yield from addressed
+        self.start_bundle()
+
+
+def spill_sections(
+    batches: list[pa.RecordBatch], shards: int, assign: Callable[[pa.RecordBatch], np.ndarray], name: str
+) -> tuple[bytes, list[tuple[int, Section]]]:
+    """The bytes of one spill file, and for each shard in it where its section lies."""
+    of_row = np.concatenate([np.asarray(assign(batch)) for batch in batches])
+    order = np.argsort(of_row, kind="stable")
+    counts = np.bincount(of_row, minlength=shards)
+    table = pa.Table.from_batches(batches).combine_chunks().take(pa.array(order))
+    sink, addressed, start = io.BytesIO(), [], 0
+    for shard in np.flatnonzero(counts).tolist():
+        offset, rows = sink.tell(), int(counts[shard])
+        with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+            writer.write_table(table.slice(start, rows), max_chunksize=BATCH_ROWS)
+        written = bytes(sink.getbuffer()[offset:])
+        addressed.append((shard, Section(name, offset, len(written), rows, crc32c(written))))
+        start += rows
+    return sink.getvalue(), addressed
+
+
+def cut_into_units(grouped: tuple[int, Iterable[Section]], unit_rows: int | None) -> Iterator[Unit]:
+    """The units of one shard. Sections are ordered by their content, not by attempt-unique names, so a run can be repeated exactly."""
+    shard, sections = grouped
+    part: list[Section] = []
+    parts = 0
+    for section in sorted(sections, key=lambda section: (section.crc32c, section.rows, section.length)):
+        if part and unit_rows and sum(s.rows for s in part) + section.rows > unit_rows:
+            yield Unit(shard, parts, tuple(part))
+            part, parts = [], parts + 1
+        part.append(section)
+    yield Unit(shard, parts, tuple(part))
+
+
+def read_unit(storage: Storage, unit: Unit) -> Iterator[pa.RecordBatch]:
+    """Stream a unit's rows, a section in memory at a time.
+
+    Raises:
+        OSError: a section's bytes are not those that were written.
+    """
+    for section in unit.sections:
+        data = storage.read(section.file, section.offset, section.length)
+        if crc32c(data) != section.crc32c:
+            raise OSError(f"spill {storage.url(section.file)} at byte {section.offset} is damaged; run the stage again")
+        with pa.ipc.open_stream(data) as reader:
+            yield from reader
+
+
+def write_parquet(
+    storage: Storage, folder: str, unit: str, batches: Iterable[pa.RecordBatch], counts: Mapping[str, int] | None = None
+) -> Receipt:
+    """Write batches of one schema as a Parquet file of an attempt-unique name; no batches, no file."""
+    file, rows, checksum = "", 0, ""
+    with tempfile.TemporaryDirectory(prefix="adstocrat-") as temporary:
+        path = pathlib.Path(temporary) / "part.parquet"
+        writer = None
+        for batch in batches:
+            writer = writer or ParquetFile(path, batch.schema)
+            writer.write(batch)
+            rows += batch.num_rows
+        if writer:
+            writer.close()
+            file, checksum = upload(storage, path, lake.unique(folder, unit.replace("/", "_"), ".parquet"))
+    return Receipt(unit, file, rows, dict(counts or {}), checksum)
+
+
+class ParquetFile(pq.ParquetWriter):
+    """Parquet as all of the lake has it: a row group a batch, so that readers stream."""
+
+    def __init__(self, path: pathlib.Path, schema: pa.Schema):
+        super().__init__(path, schema, compression="zstd", compression_level=1, write_statistics=False)
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        super().write_batch(batch, row_group_size=BATCH_ROWS)
+
+
+def upload(storage: Storage, path: pathlib.Path, name: str) -> tuple[str, str]:
+    """Put a finished local file into the lake: (name, crc32c)."""
+    checksum = crc32c(path.read_bytes())
+    storage.upload(path, name)
+    return name, checksum
+
+
+def read_parquet(storage: Storage, file: str, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """Stream a Parquet file of the lake in batches of up to 65,536 rows."""
+    with storage.local(file) as path, pq.ParquetFile(path, memory_map=True) as parquet:
+        yield from parquet.iter_batches(BATCH_ROWS, columns=columns)
+
+
+def spill_folder(folder: str) -> str:
+    """A folder of this launch's own for spill files, so that two launches of one run never touch each other's."""
+    return f"{folder}/spill-{uuid.uuid4().hex[:12]}"
+
+
+@dataclasses.dataclass(eq=False)
+class CommitStage(beam.PTransform):
+    """End of every stage: PCollection[Receipt] → its manifest, exactly one receipt a unit, created once in the lake.
+
+    Attributes:
+        storage, folder: where the manifest goes.
+        stage: its name.
+        info: what else the manifest says.
+    """
+
+    storage: Storage
+    folder: str
+    stage: str
+    info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def expand(self, receipts: beam.PCollection) -> beam.PCollection:
+        return (
+            receipts
+            | "KeyByUnit" >> beam.Map(lambda receipt: (receipt.unit, receipt)).with_output_types(tuple[str, Receipt])
+            | "GroupByUnit" >> beam.GroupByKey()
+            | "OneReceiptEach" >> beam.MapTuple(lambda unit, receipts: lake.one_receipt_each(list(receipts)))
+            | "Collect" >> beam.combiners.ToList()
+            | "CreateManifest" >> beam.Map(self._commit)
+        )
+
+    def _commit(self, receipts: list[Receipt]) -> Manifest:
+        ordered = tuple(sorted(receipts, key=lambda receipt: receipt.unit))
+        return lake.commit(self.storage, self.folder, Manifest(self.stage, ordered, self.info))
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardPair:
+    """The units of one shard on two sides of a join; a side without rows has none."""
+
+    shard: int
+    left: tuple[Unit, ...]
+    right: tuple[Unit, ...]
+
+
+def pair_shards(left: beam.PCollection, right: beam.PCollection) -> beam.PCollection:
+    """Two `Repartition`s of the same shards → PCollection[ShardPair], for every shard that has a row on the left."""
+
+    def key(unit: Unit) -> tuple[int, Unit]:
+        return unit.shard, unit
+
+    def pair(shard: int, sides: Mapping[str, Iterable[Unit]]) -> Iterator[ShardPair]:
+        units = {side: tuple(sorted(found, key=lambda unit: unit.part)) for side, found in sides.items()}
+        if units["left"]:
+            yield ShardPair(shard, units["left"], units["right"])
+
+    keyed = {
+        side: units | f"Key{side.title()}" >> beam.Map(key).with_output_types(tuple[int, Unit])
+        for side, units in (("left", left), ("right", right))
+    }
+    return (
+        keyed
+        | "PairShards" >> beam.CoGroupByKey()
+        | "MakePairs" >> beam.FlatMapTuple(pair).with_output_types(ShardPair)
+        | "SpreadPairs" >> beam.Reshuffle()
+    )
+
+
+def read_table(storage: Storage, units: Iterable[Unit], schema: pa.Schema) -> pa.Table:
+    """All rows of some units: for the small side of a join, and for shards that are cut small."""
+    return pa.Table.from_batches([batch for unit in units for batch in read_unit(storage, unit)], schema)
+
+
+class WriteUnits(beam.DoFn):
+    """Write batches that come as (`unit@start`, batch) to one file a unit, and tell a receipt for each.
+
+    `start` is the batch's first row in its unit: batches that follow each other go to one file, so a unit that a runner spreads over
+    bundles gives several receipts, of different rows and names, and never two of one name.
+    """
+
+    def __init__(self, storage: Storage, folder: str, counts: Callable[[pa.RecordBatch], Mapping[str, int]]):
+        self._storage, self._folder, self._counts = storage, folder, counts
+
+    def start_bundle(self) -> None:
+        self._open: _OpenUnit | None = None
+
+    def process(self, element: tuple[str, pa.RecordBatch]) -> Iterator[Receipt]:
+        name, batch = element
+        unit, _, start = name.rpartition("@")
+        if self._open and not self._open.continues(unit, int(start)):
+            yield self._open.close(self._storage, self._folder)
+            self._open = None
+        self._open = self._open or _OpenUnit(unit, int(start), batch.schema)
+        self._open.write(batch, self._counts(batch))
+
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        if self._open:
+            yield WindowedValue(self._open.close(self._storage, self._folder), GlobalWindow().max_timestamp(), (GlobalWindow(),))
+
+
+class _OpenUnit:
+    """A Parquet file that is being written on local disk."""
+
+    def __init__(self, unit: str, start: int, schema: pa.Schema):
+        self._unit, self._start, self._rows = unit, start, 0
+        self._counts = Counter[str]()
+        self._temporary = tempfile.TemporaryDirectory(prefix="adstocrat-")
+        self._path = pathlib.Path(self._temporary.name) / "part.parquet"
+        self._writer = ParquetFile(self._path, schema)
+
+    def continues(self, unit: str, start: int) -> bool:
+        return (unit, start) == (self._unit, self._start + self._rows)
+
+    def write(self, batch: pa.RecordBatch, counts: Mapping[str, int]) -> None:
+        self._writer.write(batch)
+        self._rows += batch.num_rows
+        self._counts.update(counts)
+
+    def close(self, storage: Storage, folder: str) -> Receipt:
+        self._writer.close()
+        file, checksum = upload(storage, self._path, lake.unique(folder, self._unit.replace("/", "_"), ".parquet"))
+        self._temporary.cleanup()
+        return Receipt(f"{self._unit}@{self._start:09d}", file, self._rows, dict(self._counts), checksum)

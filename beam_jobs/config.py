@@ -1,0 +1,82 @@
+"""The settings of a run: one frozen dataclass, read from a YAML file and from flags of the same names; flags win."""
+
+import dataclasses
+import difflib
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used, with its value, what was expected and the fix."""
+
+
+def _setting(help_text: str, default: Any = dataclasses.MISSING, affects_model: bool = False) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help_text, "affects_model": affects_model})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What one command runs with.
+
+    Attributes: see each field's help, which the command's `--help` shows as well.
+    """
+
+    lake: str = _setting("gs://bucket[/prefix] or a folder: where raw months lie and everything is written")
+    dataset: str | None = _setting("PROJECT.DATASET of BigQuery to publish scores to; without it only the lookup is published", None)
+    contract: str | None = _setting("contract file (a TensorFlow Metadata Schema); default: the one of the sample months", None)
+    window_months: int = _setting("months whose labelled rows are trained on, the month itself included", 3, affects_model=True)
+    seed: int = _setting("seed of everything random in training", 0, affects_model=True)
+    fetch_threads: int = _setting("images that a worker fetches and decodes at a time", 16)
+    bigquery_location: str = _setting("where BigQuery jobs run", "US")
+    max_bytes_billed: int = _setting("bytes that one BigQuery job may bill before it is refused", 1 << 40)
+
+    def __post_init__(self) -> None:
+        for name, least in (("window_months", 1), ("seed", 0), ("fetch_threads", 1), ("max_bytes_billed", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"{name} is {value!r}; expected a whole number of at least {least}")
+        if not self.lake or not isinstance(self.lake, str):
+            raise ConfigError(f"lake is {self.lake!r}; expected gs://bucket[/prefix] or a folder, as --lake or in the config file")
+        if self.dataset is not None and self.dataset.count(".") != 1:
+            raise ConfigError(f"dataset is {self.dataset!r}; expected PROJECT.DATASET, such as my-project.ads")
+        if self.dataset is not None and not self.lake.startswith("gs://"):
+            raise ConfigError(
+                f"dataset is {self.dataset!r} but lake is the folder {self.lake!r}, which BigQuery cannot load from; use gs://…"
+            )
+
+    def affecting_model(self) -> dict[str, Any]:
+        """The settings that change what a run computes, and so its id."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.metadata["affects_model"]}
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` where something close is known, else nothing."""
+    close = difflib.get_close_matches(name, list(known), 1, 0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def load(path: str | None, flags: Mapping[str, Any]) -> Config:
+    """Settings of a YAML file, overridden by the flags that were given.
+
+    Raises:
+        ConfigError: no such file, not a mapping, an unknown setting, or a value that cannot be used.
+    """
+    settings: dict[str, Any] = {}
+    if path:
+        import yaml
+
+        try:
+            settings = yaml.safe_load(pathlib.Path(path).read_text()) or {}
+        except FileNotFoundError:
+            raise ConfigError(f"config file {path!r} does not exist") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"config file {path!r} is not YAML: {error}") from None
+        if not isinstance(settings, dict):
+            raise ConfigError(f"config file {path!r} holds a {type(settings).__name__}; expected settings, one `name: value` a line")
+    known = [field.name for field in dataclasses.fields(Config)]
+    for name in settings:
+        if name not in known:
+            raise ConfigError(f"unknown setting {name!r} in {path}{suggestion(str(name), known)}")
+    given = {**settings, **{name: value for name, value in flags.items() if value is not None}}
+    return Config(**{"lake": "", **given})

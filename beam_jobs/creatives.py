@@ -1,0 +1,174 @@
+"""Creatives: every image of the month is known by its content, and looked at once in its life.
+
+    adstocrat creatives 2026-10 --lake gs://bucket
+
+An image is skipped if one of the same name, size and checksum was looked at in any month; else it is fetched, and decoded unless its
+content (SHA-256) is known under another name. Writes `creatives/<month>/<run>/packs/` (new images, with their thumbnails) and
+`creatives/<month>/<run>/` (the month's image names with creative and status, in the shards of the rows).
+"""
+
+import functools
+import hashlib
+import itertools
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from beam_jobs.arrow import (
+    CommitStage,
+    Repartition,
+    ShardPair,
+    pair_shards,
+    read_parquet,
+    read_table,
+    shards_for,
+    spill_folder,
+    write_parquet,
+)
+from beam_jobs.ingest import shard_of_image
+from beam_jobs.run import LISTING, MonthRun, listing_file
+from model import images
+from schemas import lake
+from schemas.hashing import hash64_column, salted
+from schemas.lake import Receipt
+from schemas.storage import Storage
+
+log = logging.getLogger("adstocrat")
+
+# Few enough that a unit's thumbnails fit in memory many times over, enough to keep its threads busy.
+IMAGES_PER_UNIT = 1000
+FILES = pa.schema([*LISTING, ("creative", pa.string()), ("image_status", pa.string())])
+PACK = pa.schema([*FILES, ("thumbnail", pa.binary(images.THUMBNAIL_BYTES))])
+INDEX = pa.schema([("image", pa.string()), ("creative", pa.string()), ("image_status", pa.string())])
+
+
+def define_pack_pipeline(root: beam.Pipeline, run: MonthRun) -> None:
+    """Listing and known images → packs of the new ones, with thumbnails; units hold equal contents together."""
+    folder = run.stage("creatives")
+    listing = listing_file(run)
+    units = shards_for(run.storage.read_json(f"{run.folder}/inputs.json")["images"]["count"], IMAGES_PER_UNIT)
+    assign = functools.partial(shard_of_content, shards=units)
+    _ = (
+        _paired(root, run, [listing], pack_files(run.storage), units, assign)
+        | "FetchAndDecode" >> beam.Map(write_pack, run, units).with_output_types(Receipt)
+        | "CommitPacks" >> CommitStage(run.storage, f"{folder}/packs", "packs")
+    )
+
+
+def define_index_pipeline(root: beam.Pipeline, run: MonthRun, shards: int) -> None:
+    """Listing and all images looked at → the month's image names with creative and status, in the shards of the rows."""
+    folder = run.stage("creatives")
+    assign = functools.partial(_shard_of_name, shards=shards)
+    _ = (
+        _paired(root, run, [listing_file(run)], pack_files(run.storage), shards, assign)
+        | "WriteIndex" >> beam.Map(write_index, run.storage, folder).with_output_types(Receipt)
+        | "CommitIndex" >> CommitStage(run.storage, folder, "creatives", {"shards": shards})
+    )
+
+
+def pack_files(storage: Storage) -> list[str]:
+    """The packs of all complete runs: every image ever looked at, each name and content once."""
+    manifests = [name.rpartition("/")[0] for name in storage.names("creatives/") if name.endswith(f"/packs/{lake.MANIFEST}")]
+    return [file for folder in manifests for file in lake.read_manifest(storage, folder).files]  # type: ignore[union-attr]
+
+
+def _paired(root: beam.Pipeline, run: MonthRun, listing: list[str], known: list[str], shards: int, assign: Any) -> beam.PCollection:
+    spill = spill_folder(run.stage("creatives"))
+    sides = []
+    for label, files, columns in (("Listing", listing, LISTING.names), ("Known", known, FILES.names)):
+        sides.append(
+            root
+            | f"{label}Files" >> beam.Create(files, reshuffle=False)
+            | f"Spread{label}" >> beam.Reshuffle()
+            | f"Read{label}" >> beam.FlatMap(functools.partial(_read, run.storage, columns=columns)).with_output_types(pa.RecordBatch)
+            | f"Shard{label}" >> Repartition(run.storage, spill, shards, assign, unit_rows=None)
+        )
+    return pair_shards(sides[0], sides[1])
+
+
+def _read(storage: Storage, file: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    yield from read_parquet(storage, file, columns)
+
+
+def shard_of_content(batch: pa.RecordBatch, shards: int) -> np.ndarray:
+    """Images that may be the same content fall together: by size and checksum, whatever they are called."""
+    return (hash64_column(_joined(batch, "size", "crc32c"), salted("content")) % np.uint64(shards)).astype(np.int64)
+
+
+def _shard_of_name(batch: pa.RecordBatch, shards: int) -> np.ndarray:
+    return shard_of_image(batch["image"], shards)
+
+
+def _joined(table: Any, *names: str) -> Any:
+    return pc.binary_join_element_wise(*(table[name].cast(pa.string()) for name in names), "\0")
+
+
+def write_pack(pair: ShardPair, run: MonthRun, units: int) -> Receipt:
+    """Look at a unit's new images and write them as a pack."""
+    started = time.monotonic()
+    listing, known = read_table(run.storage, pair.left, LISTING), read_table(run.storage, pair.right, FILES)
+    counts = Counter[str]()
+    seen = pc.is_in(_joined(listing, *LISTING.names), _joined(known, *LISTING.names).combine_chunks())
+    new = listing.filter(pc.invert(seen)).sort_by([("size", "ascending"), ("crc32c", "ascending"), ("image", "ascending")])
+    contents: dict[tuple[int, str], dict[str, str]] = {}
+    for row in known.select(["size", "crc32c", "creative", "image_status"]).to_pylist():
+        contents.setdefault((row["size"], row["crc32c"]), {})[row["creative"]] = row["image_status"]
+    groups = [list(group) for _, group in itertools.groupby(new.to_pylist(), key=lambda row: (row["size"], row["crc32c"]))]
+    with ThreadPoolExecutor(run.config.fetch_threads) as pool:
+        looks = pool.map(lambda group: _look_at(run, group, contents.get((group[0]["size"], group[0]["crc32c"]), {})), groups)
+        rows = [row for rows in looks for row in rows]
+    for row in rows:
+        counts["fetched"] += row["image_status"] != images.MISSING
+        counts["bytes"] += row["size"]
+        counts["decoded"] += row["thumbnail"] is not None
+    receipt = write_parquet(run.storage, run.stage("creatives") + "/packs", f"pack/{pair.shard:05d}", _batches(rows), counts)
+    if rows:
+        log.info("  creatives: unit %d of %d, %d images in %.1f s", pair.shard + 1, units, len(rows), time.monotonic() - started)
+    return receipt
+
+
+def _look_at(run: MonthRun, group: list[dict[str, Any]], known: dict[str, str]) -> list[dict[str, Any]]:
+    """Fetch images that may all be one content; decode each content that is not `known` (creative → status) once."""
+    looked = []
+    contents = dict(known)
+    for row in group:
+        thumbnail = None
+        try:
+            data = run.storage.read(lake.raw_images(run.month) + row["image"])
+        except FileNotFoundError:
+            # Listed, and gone since.
+            looked.append({**row, "creative": None, "image_status": images.MISSING, "thumbnail": None})
+            continue
+        creative = hashlib.sha256(data).hexdigest()
+        if creative not in contents:
+            try:
+                thumbnail = images.thumbnail(data).tobytes()
+                contents[creative] = images.OK
+            except images.ImageFault as fault:
+                contents[creative] = fault.fault
+        looked.append({**row, "creative": creative, "image_status": contents[creative], "thumbnail": thumbnail})
+    return looked
+
+
+def _batches(rows: list[dict[str, Any]]) -> Iterable[pa.RecordBatch]:
+    return [pa.RecordBatch.from_pylist(rows, PACK)] if rows else []
+
+
+def write_index(pair: ShardPair, storage: Storage, folder: str) -> Receipt:
+    """The creative and status of every image name of a shard, sorted by name."""
+    listing, looked = read_table(storage, pair.left, LISTING), read_table(storage, pair.right, FILES)
+    where = pc.index_in(_joined(listing, *LISTING.names), _joined(looked, *LISTING.names).combine_chunks())
+    found = looked.select(["creative", "image_status"]).take(where)
+    usable = pc.equal(found["image_status"], images.OK)
+    columns = [listing["image"], pc.if_else(usable, found["creative"], None), found["image_status"]]
+    index = pa.table(columns, schema=INDEX).sort_by("image").combine_chunks()
+    counts = {f"status:{row['values']}": row["counts"] for row in pc.value_counts(index["image_status"]).to_pylist()}
+    return write_parquet(storage, folder, f"index/{pair.shard:05d}.000", index.to_batches(), {"images": len(index), **counts})

@@ -1,0 +1,177 @@
+"""A run of a month: what goes into it, and the id that follows from that alone.
+
+The id is a digest of content: the month's files, the contract, the settings that affect the model, the package's own source, and the
+runs and models that it builds on. It does not depend on where the lake lies, how the run is launched, or when. The same inputs are the
+same run, which resumes; a late file makes a new one.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import pathlib
+from typing import Any
+
+import pyarrow as pa
+
+from beam_jobs.arrow import write_parquet
+from beam_jobs.config import Config
+from schemas import contract as contracts
+from schemas import lake
+from schemas.contract import Contract
+from schemas.lake import Champion, Manifest
+from schemas.storage import Entry, Storage, open_storage
+
+log = logging.getLogger("adstocrat")
+
+PACKAGES = ("schemas", "model", "beam_jobs", "serving")
+LISTING = pa.schema([("image", pa.string()), ("size", pa.int64()), ("crc32c", pa.string())])
+
+
+class StageError(RuntimeError):
+    """A stage that cannot go on, in one sentence for the person who ran it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MonthRun:
+    """One run of one month, as every stage gets it; small, and pickled to workers.
+
+    Attributes:
+        storage: the lake.
+        contract: of the month's rows.
+        config: settings.
+        month: YYYY-MM.
+        id: digest of the inputs.
+        earlier: (month, run) of the window's months before this one that are published, oldest first.
+        champion: the pair to refresh from and to compare with; None for a first model.
+        ads: the month's CSV files.
+    """
+
+    storage: Storage
+    contract: Contract
+    config: Config
+    month: str
+    id: str
+    earlier: tuple[tuple[str, str], ...]
+    champion: Champion | None
+    ads: tuple[Entry, ...]
+
+    @property
+    def folder(self) -> str:
+        return lake.run_folder(self.month, self.id)
+
+    @property
+    def window(self) -> tuple[tuple[str, str], ...]:
+        """(month, run) of all months that are trained on, oldest first, this one last."""
+        return (*self.earlier, (self.month, self.id))
+
+    @property
+    def version(self) -> str:
+        """What models made by this run are called."""
+        return f"{self.month}-{self.id}"
+
+    def stage(self, stage: str) -> str:
+        return lake.stage_folder(stage, self.month, self.id)
+
+    def manifest(self, folder: str, made_by: str) -> Manifest:
+        """A manifest that an earlier stage must have left.
+
+        Raises:
+            StageError: it has not.
+        """
+        manifest = lake.read_manifest(self.storage, folder)
+        if manifest is None:
+            raise StageError(f"{self.storage.url(folder)} is not complete; run `adstocrat {made_by} {self.month}` first")
+        return manifest
+
+
+def prepare(config: Config, month: str) -> MonthRun:
+    """Look at the month and settle its run; the run's `inputs.json` is created now unless it is there already.
+
+    Raises:
+        StageError: the month has no ads.
+        ContractError, ValueError: the contract, the month or the lake cannot be used.
+    """
+    lake.check_month(month)
+    storage = open_storage(config.lake)
+    contract = contracts.load(config.contract or contracts.DEFAULT)
+    ads = tuple(entry for entry in storage.entries(lake.raw_ads(month)) if entry.name.endswith((".csv", ".csv.gz")))
+    if not ads:
+        raise StageError(
+            f"month {month} has no ads: expected *.csv or *.csv.gz in {storage.url(lake.raw_ads(month))}; "
+            "deliver them there, or name another month or --lake"
+        )
+    prefix = lake.raw_images(month)
+    images = [(entry.name[len(prefix) :], entry.size, entry.crc32c) for entry in storage.entries(prefix)]
+    earlier = _published_window(storage, contract, config, month)
+    champion = champion_before(storage, month)
+    inputs = {
+        "ads": [[pathlib.PurePosixPath(entry.name).name, entry.size, entry.crc32c] for entry in ads],
+        "images": {"count": len(images), "bytes": sum(size for _, size, _ in images), "digest": _digest(images)},
+        "contract": contract.fingerprint,
+        "settings": config.affecting_model(),
+        "source": source_digest(),
+        "window": earlier,
+        "champion": champion and [champion.encoder, champion.ranker],
+    }
+    run = MonthRun(storage, contract, config, month, _digest([month, inputs]), earlier, champion, ads)
+    if storage.read_json(f"{run.folder}/inputs.json") is None:
+        columns = [
+            pa.array(column, type)
+            for column, type in zip(zip(*images, strict=True) if images else ((), (), ()), LISTING.types, strict=True)
+        ]
+        listing = pa.RecordBatch.from_arrays(columns, schema=LISTING)
+        written = write_parquet(storage, run.folder, "images", [listing])
+        storage.create(f"{run.folder}/inputs.json", json.dumps({**inputs, "listing": written.file}, indent=1).encode())
+    return run
+
+
+def listing_file(run: MonthRun) -> str:
+    """The Parquet file that lists the month's images, as `LISTING`."""
+    return run.storage.read_json(f"{run.folder}/inputs.json")["listing"]
+
+
+def champion_before(storage: Storage, month: str) -> Champion | None:
+    """The champion as the runs before `month` left it.
+
+    Models of the month itself and of later ones are passed over, each to its parent: a month that is run again must not learn
+    from its own future, nor change its id because it promoted its own model.
+    """
+    champion, _ = lake.read_pointer(storage, lake.CHAMPION, Champion)
+    while champion is not None and champion.month >= month:
+        manifest = lake.read_manifest(storage, lake.model_folder("ranker", champion.ranker))
+        parent = manifest and manifest.info["parent"]
+        champion = Champion(**parent) if parent else None
+    return champion
+
+
+@functools.cache
+def source_digest() -> str:
+    """Digest of the package's own files: other code is another run."""
+    top = pathlib.Path(__file__).resolve().parent.parent
+    files = sorted(path for package in PACKAGES for path in (top / package).rglob("*") if path.suffix in (".py", ".pbtxt", ".json", ".sql"))
+    return _digest([[str(path.relative_to(top)), hashlib.sha256(path.read_bytes()).hexdigest()] for path in files])
+
+
+def _published_window(storage: Storage, contract: Contract, config: Config, month: str) -> tuple[tuple[str, str], ...]:
+    """The newest published run of each earlier month of the window whose rows have this contract."""
+    window = []
+    for earlier in (lake.month_after(month, -back) for back in range(config.window_months - 1, 0, -1)):
+        published = []
+        for name in storage.names(f"publish/{earlier}/"):
+            manifest = lake.read_manifest(storage, name.rpartition("/")[0]) if name.endswith(lake.MANIFEST) else None
+            if manifest:
+                published.append((manifest.info["published"], manifest.info["contract"], manifest.info["run"]))
+        if not published:
+            continue
+        _, fingerprint, run = max(published)
+        if fingerprint == contract.fingerprint:
+            window.append((earlier, run))
+        else:
+            log.info("%s is left out of training: its run %s has another contract (%s)", earlier, run, fingerprint)
+    return tuple(window)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,63 @@
+"""Models in the lake: saved whole under attempt-unique names, fetched by manifest, and never loaded with a byte changed."""
+
+import hashlib
+import pathlib
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+from schemas import lake
+from schemas.lake import Manifest, Receipt
+from schemas.storage import Storage, crc32c
+
+
+class ModelError(ValueError):
+    """A model that cannot be used, and why."""
+
+
+def save(storage: Storage, kind: str, version: str, folder: pathlib.Path, info: Mapping[str, Any]) -> tuple[list[Receipt], dict[str, Any]]:
+    """Upload a trained model's folder: a receipt a file (unit: its path in the folder), and the manifest's info with the `digest`."""
+    attempt = lake.unique(lake.model_folder(kind, version), "files", "")
+    digest, receipts = hashlib.sha256(), []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        unit, data = path.relative_to(folder).as_posix(), path.read_bytes()
+        digest.update(f"{unit}\0{hashlib.sha256(data).hexdigest()}\n".encode())
+        storage.upload(path, f"{attempt}/{unit}")
+        receipts.append(Receipt(unit, f"{attempt}/{unit}", 0, {"bytes": len(data)}, crc32c(data)))
+    return receipts, {**info, "kind": kind, "version": version, "digest": digest.hexdigest()}
+
+
+def manifest(storage: Storage, kind: str, version: str) -> Manifest:
+    """What is kept beside a model.
+
+    Raises:
+        ModelError: there is no such model, or it is not complete.
+    """
+    found = lake.read_manifest(storage, lake.model_folder(kind, version))
+    if found is None:
+        raise ModelError(f"there is no complete {kind} {version!r} in {storage.url('models/' + kind)}")
+    return found
+
+
+def fetch(storage: Storage, kind: str, version: str, folder: pathlib.Path) -> Manifest:
+    """Lay a model's files out in `folder`, checked against their digest; returns its manifest.
+
+    Raises:
+        ModelError: no such model, or its files are not those that were saved.
+    """
+    found = manifest(storage, kind, version)
+    digest = hashlib.sha256()
+    for receipt in sorted(found.receipts, key=lambda receipt: pathlib.PurePosixPath(receipt.unit)):
+        data = storage.read(receipt.file)
+        digest.update(f"{receipt.unit}\0{hashlib.sha256(data).hexdigest()}\n".encode())
+        path = folder / receipt.unit
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    if digest.hexdigest() != found.info["digest"]:
+        raise ModelError(f"{kind} {version!r} is damaged: its files have digest {digest.hexdigest()}, expected {found.info['digest']}")
+    return found
+
+
+def local_folder() -> "tempfile.TemporaryDirectory[str]":
+    """A local folder for a model's files; TensorFlow reads and writes nothing else."""
+    return tempfile.TemporaryDirectory(prefix="adstocrat-model-")
