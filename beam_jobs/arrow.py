@@ -16,15 +16,14 @@ from typing import Any
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
 from schemas import lake
 from schemas.lake import Manifest, Receipt
+from schemas.parquet import BATCH_ROWS, ParquetFile, upload
 from schemas.storage import Storage, crc32c
 
-BATCH_ROWS = 65_536
 # A spill is written when it holds this much; its sections are what a shard reads by range later, so bigger means fewer reads.
 SPILL_BYTES = 96 << 20
 UNIT_ROWS = 1_000_000
@@ -102,11 +101,6 @@ class Unit:
     @property
     def rows(self) -> int:
         return sum(section.rows for section in self.sections)
-
-
-def shard_of_unit(name: str) -> int:
-    """The shard in a unit's name, the inverse of `Unit.name`."""
-    return int(name.rpartition("/")[2].partition(".")[0])
 
 
 def shards_for(rows: int, rows_per_shard: int = UNIT_ROWS // 2) -> int:
@@ -217,47 +211,6 @@ def read_unit(storage: Storage, unit: Unit) -> Iterator[pa.RecordBatch]:
             raise OSError(f"spill {storage.url(section.file)} at byte {section.offset} is damaged; run the stage again")
         with pa.ipc.open_stream(data) as reader:
             yield from reader
-
-
-def write_parquet(
-    storage: Storage, folder: str, unit: str, batches: Iterable[pa.RecordBatch], counts: Mapping[str, int] | None = None
-) -> Receipt:
-    """Write batches of one schema as a Parquet file of an attempt-unique name; no batches, no file."""
-    file, rows, checksum = "", 0, ""
-    with tempfile.TemporaryDirectory(prefix="adstocrat-") as temporary:
-        path = pathlib.Path(temporary) / "part.parquet"
-        writer = None
-        for batch in batches:
-            writer = writer or ParquetFile(path, batch.schema)
-            writer.write(batch)
-            rows += batch.num_rows
-        if writer:
-            writer.close()
-            file, checksum = upload(storage, path, lake.unique(folder, unit.replace("/", "_"), ".parquet"))
-    return Receipt(unit, file, rows, dict(counts or {}), checksum)
-
-
-class ParquetFile(pq.ParquetWriter):
-    """Parquet as all of the lake has it: a row group a batch, so that readers stream."""
-
-    def __init__(self, path: pathlib.Path, schema: pa.Schema):
-        super().__init__(path, schema, compression="zstd", compression_level=1, write_statistics=False)
-
-    def write(self, batch: pa.RecordBatch) -> None:
-        super().write_batch(batch, row_group_size=BATCH_ROWS)
-
-
-def upload(storage: Storage, path: pathlib.Path, name: str) -> tuple[str, str]:
-    """Put a finished local file into the lake: (name, crc32c)."""
-    checksum = crc32c(path.read_bytes())
-    storage.upload(path, name)
-    return name, checksum
-
-
-def read_parquet(storage: Storage, file: str, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """Stream a Parquet file of the lake in batches of up to 65,536 rows."""
-    with storage.local(file) as path, pq.ParquetFile(path, memory_map=True) as parquet:
-        yield from parquet.iter_batches(BATCH_ROWS, columns=columns)
 
 
 def spill_folder(folder: str) -> str:

@@ -27,18 +27,18 @@ from beam_jobs.arrow import (
     Repartition,
     ShardPair,
     pair_shards,
-    read_parquet,
     read_table,
     shards_for,
     spill_folder,
-    write_parquet,
 )
 from beam_jobs.ingest import shard_of_image
+from beam_jobs.join import INDEX
 from beam_jobs.run import LISTING, MonthRun, listing_file
 from model import images
 from schemas import lake
 from schemas.hashing import hash64_column, salted
 from schemas.lake import Receipt
+from schemas.parquet import read_parquet, write_parquet
 from schemas.storage import Storage
 
 log = logging.getLogger("adstocrat")
@@ -47,7 +47,6 @@ log = logging.getLogger("adstocrat")
 IMAGES_PER_UNIT = 1000
 FILES = pa.schema([*LISTING, ("creative", pa.string()), ("image_status", pa.string())])
 PACK = pa.schema([*FILES, ("thumbnail", pa.binary(images.THUMBNAIL_BYTES))])
-INDEX = pa.schema([("image", pa.string()), ("creative", pa.string()), ("image_status", pa.string())])
 
 
 def define_pack_pipeline(root: beam.Pipeline, run: MonthRun) -> None:

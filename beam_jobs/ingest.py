@@ -17,10 +17,11 @@ import numpy as np
 import pyarrow as pa
 from apache_beam import pvalue
 
-from beam_jobs.arrow import CommitStage, Repartition, Unit, read_unit, shards_for, spill_folder, write_parquet
+from beam_jobs.arrow import CommitStage, Repartition, Unit, read_unit, shards_for, spill_folder
 from beam_jobs.run import MonthRun
 from schemas.hashing import hash64_column, salted
 from schemas.lake import Receipt
+from schemas.parquet import write_parquet
 from schemas.rows import read_rows
 from schemas.storage import Entry, Storage
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from beam_jobs.arrow import write_parquet
 from beam_jobs.config import Config
 from schemas import contract as contracts
 from schemas import lake
 from schemas.contract import Contract
 from schemas.lake import Champion, Manifest
+from schemas.parquet import write_parquet
 from schemas.storage import Entry, Storage, open_storage
 
 log = logging.getLogger("adstocrat")
@@ -70,6 +70,11 @@ class MonthRun:
     def version(self) -> str:
         """What models made by this run are called."""
         return f"{self.month}-{self.id}"
+
+    @property
+    def encoder(self) -> str:
+        """The encoder of the run's models: the champion's, or one of its own."""
+        return self.champion.encoder if self.champion else self.version
 
     def stage(self, stage: str) -> str:
         return lake.stage_folder(stage, self.month, self.id)

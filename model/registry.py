@@ -58,6 +58,20 @@ def fetch(storage: Storage, kind: str, version: str, folder: pathlib.Path) -> Ma
     return found
 
 
+def load(storage: Storage, kind: str, version: str) -> Any:
+    """An `Encoder` or a `Ranker`, ready to run.
+
+    Raises:
+        ModelError: no such model, or its files are not those that were saved.
+    """
+    from model.encoder import Encoder
+    from model.ranker import Ranker
+
+    with local_folder() as folder:
+        fetch(storage, kind, version, pathlib.Path(folder))
+        return Encoder.load(folder) if kind == "encoder" else Ranker.load(folder)
+
+
 def local_folder() -> "tempfile.TemporaryDirectory[str]":
     """A local folder for a model's files; TensorFlow reads and writes nothing else."""
     return tempfile.TemporaryDirectory(prefix="adstocrat-model-")

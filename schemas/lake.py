@@ -76,6 +76,16 @@ def model_folder(kind: str, version: str) -> str:
     return f"models/{kind}/{version}"
 
 
+def shard_of_unit(name: str) -> int:
+    """The shard in a unit's name, the number before its last dot: `shard/00003.000` is of shard 3."""
+    return int(name.rpartition("/")[2].partition(".")[0])
+
+
+def embeddings_folder(encoder: str, month: str, run: str) -> str:
+    """Where an encoder's embeddings of a month's images lie, in the shards of its rows."""
+    return stage_folder(f"embeddings/{encoder}", month, run)
+
+
 def unique(folder: str, stem: str, suffix: str) -> str:
     """A file name of this attempt's own, so that repeated work never overwrites what counts."""
     return f"{folder}/{stem}-{uuid.uuid4().hex[:12]}{suffix}"

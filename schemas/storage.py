@@ -351,7 +351,7 @@ class Bucket(Storage):
 @functools.cache
 def _client() -> Any:
     """One storage client a process, with a connection for each fetching thread."""
-    from google.cloud import storage
+    from google.cloud import storage  # type: ignore[attr-defined]
     from requests.adapters import HTTPAdapter
 
     client = storage.Client()

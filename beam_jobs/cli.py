@@ -1,0 +1,216 @@
+"""The command `adstocrat`."""
+
+import argparse
+import dataclasses
+import logging
+import pathlib
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from beam_jobs.config import Config, ConfigError, load, suggestion
+
+_EPILOG = """\
+a first month on this machine:
+  adstocrat sample-data ./lake --months 2026-08:2026-10 --ads 20000 --creatives 2000
+  adstocrat month 2026-08 --lake ./lake
+  adstocrat serve --lake ./lake
+
+one's own data: put CSV files in LAKE/raw/2026-10/ads/ and images in LAKE/raw/2026-10/images/, then
+  adstocrat infer-contract LAKE/raw/2026-10/ads/*.csv --key ad_id --image image --clicks clicks --impressions impressions --out ads.pbtxt
+  adstocrat month 2026-10 --lake LAKE --contract ads.pbtxt
+
+`adstocrat COMMAND --help` tells more of each."""
+_STAGES = ("ingest", "creatives", "encoder", "embed", "train", "evaluate", "score", "lookup", "publish")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Wrong flags are errors with a suggestion."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **options})
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`\n")
+
+    def known_flags(self) -> list[str]:
+        return [name for action in self._actions for name in action.option_strings]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status: 0 done, 1 the month cannot go on, 2 wrong usage or settings."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments, behind = _split(arguments)
+    parser, commands = _parser()
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        command = commands.choices[parsed.command]
+        command.error(f"unknown flag or argument {unknown[0]!r}{suggestion(unknown[0].partition('=')[0], command.known_flags())}")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("adstocrat").setLevel(logging.INFO)
+    try:
+        return parsed.run(parsed, behind) or 0
+    except (ConfigError, ValueError, FileNotFoundError) as error:
+        return _fail(error, 2)
+    except RuntimeError as error:
+        from beam_jobs.run import StageError
+
+        # Beam wraps what a stage raises; its own sentence is what a person needs.
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, StageError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        return _fail(cause, 1)
+
+
+def _fail(error: BaseException, status: int) -> int:
+    print(f"adstocrat: {error}", file=sys.stderr)
+    return status
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before `--`, and behind it."""
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:at], arguments[at + 1 :]
+
+
+def _parser() -> tuple[_Parser, Any]:
+    parser = _Parser(prog="adstocrat", description="Monthly click probabilities for an inventory of ads.", epilog=_EPILOG)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    sample = commands.add_parser("sample-data", help="lay out sample months with a known truth")
+    sample.add_argument("lake", help="gs://bucket[/prefix] or a folder")
+    sample.add_argument("--months", required=True, metavar="FIRST:LAST", help="such as 2026-08:2026-10")
+    sample.add_argument("--ads", type=int, default=20_000, help="rows a month (default: %(default)s)")
+    sample.add_argument("--creatives", type=int, default=2_000, help="images a month (default: %(default)s)")
+    sample.add_argument("--seed", type=int, default=0, help="other seeds are other worlds (default: %(default)s)")
+    sample.set_defaults(run=_sample_data)
+
+    infer = commands.add_parser("infer-contract", help="draft a contract from CSV files")
+    infer.add_argument("files", nargs="+", metavar="FILE")
+    infer.add_argument("--key", action="append", required=True, metavar="COLUMN", help="names an ad; more than one may be given")
+    for tag, text in (
+        ("image", "name of the ad's image in the month's images folder"),
+        ("clicked", "0 or 1, the outcome of one impression"),
+        ("clicks", "clicks of the ad, with --impressions"),
+        ("impressions", "impressions of the ad, with --clicks"),
+        ("position", "where the ad was shown, 1 being the reference"),
+    ):
+        infer.add_argument(f"--{tag}", metavar="COLUMN", help=text)
+    infer.add_argument("--segment", action="append", metavar="COLUMN", help="sliced by in reports; more than one may be given")
+    infer.add_argument("--out", required=True, metavar="FILE", help="where the contract is written")
+    infer.set_defaults(run=_infer_contract)
+
+    month = commands.add_parser("month", help="run a month, all stages in order", epilog="Beam's own flags, the runner too, follow --.")
+    _add_run_flags(month, _month)
+    for stage in _STAGES:
+        one = commands.add_parser(
+            stage, help=f"run the stage {stage} of a month alone", epilog="Beam's own flags, the runner too, follow --."
+        )
+        _add_run_flags(one, _stage)
+
+    cloud = commands.add_parser(
+        "local-cloud",
+        help="emulators of Cloud Storage and BigQuery",
+        usage="%(prog)s {start,stop,status} --state DIR | %(prog)s --state DIR -- COMMAND…",
+    )
+    cloud.add_argument("action", nargs="?", choices=("start", "stop", "status"))
+    cloud.add_argument("--state", type=pathlib.Path, required=True, metavar="DIR", help="where objects, tables and logs are kept")
+    cloud.set_defaults(run=_local_cloud)
+
+    serve = commands.add_parser("serve", help="answer scores over HTTP from the current lookup")
+    serve.add_argument("--lake", required=True, help="gs://bucket[/prefix] or a folder")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    serve.add_argument("--port", type=int, default=8080, help="0 takes a free one (default: %(default)s)")
+    serve.add_argument("--cache", type=pathlib.Path, metavar="DIR", help="where verified copies of the lookup are kept")
+    serve.set_defaults(run=_serve)
+    return parser, commands
+
+
+def _add_run_flags(parser: argparse.ArgumentParser, run: Any) -> None:
+    """The month, and a flag for each setting."""
+    parser.add_argument("month", metavar="YYYY-MM")
+    parser.add_argument("--config", metavar="FILE", help="settings in YAML, one `name: value` a line; flags win")
+    kinds = typing.get_type_hints(Config)
+    for field in dataclasses.fields(Config):
+        kind = kinds[field.name]
+        if isinstance(kind, types.UnionType):
+            kind = next(option for option in typing.get_args(kind) if option is not type(None))
+        default = "" if field.default in (dataclasses.MISSING, None) else f" (default: {field.default})"
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=field.metadata["help"] + default
+        )
+    parser.set_defaults(run=run)
+
+
+def _prepared(arguments: argparse.Namespace) -> Any:
+    from beam_jobs.run import prepare
+
+    config = load(arguments.config, {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Config)})
+    return prepare(config, arguments.month)
+
+
+def _month(arguments: argparse.Namespace, flags: list[str]) -> None:
+    from beam_jobs.month import run_month
+
+    run_month(_prepared(arguments), flags)
+
+
+def _stage(arguments: argparse.Namespace, flags: list[str]) -> None:
+    from beam_jobs.month import STAGES, run_stage
+
+    run_stage(next(stage for stage in STAGES if stage.name == arguments.command), _prepared(arguments), flags)
+
+
+def _sample_data(arguments: argparse.Namespace, _: list[str]) -> None:
+    from schemas.lake import months_between
+    from schemas.sample import write_months
+    from schemas.storage import open_storage
+
+    first, _colon, last = arguments.months.partition(":")
+    months = months_between(first, last or first)
+    write_months(
+        open_storage(arguments.lake), months, arguments.ads, arguments.creatives, arguments.seed, logging.getLogger("adstocrat").info
+    )
+
+
+def _infer_contract(arguments: argparse.Namespace, _: list[str]) -> None:
+    from schemas import contract
+
+    roles = {tag: [name] for tag in ("image", "clicked", "clicks", "impressions", "position") if (name := getattr(arguments, tag))}
+    drafted = contract.infer(arguments.files, {"key": arguments.key, "segment": arguments.segment or [], **roles})
+    pathlib.Path(arguments.out).write_text(contract.dumps(drafted))
+    print(
+        f"{arguments.out}: {len(drafted.columns)} columns, {len(drafted.features)} of them features; look it through before the first month"
+    )
+
+
+def _local_cloud(arguments: argparse.Namespace, command: list[str]) -> int:
+    from beam_jobs import local_cloud
+
+    if bool(arguments.action) == bool(command):
+        raise ConfigError("local-cloud takes start, stop or status, or else a command behind --")
+    if command:
+        return local_cloud.run(arguments.state, command)
+    if arguments.action == "stop":
+        local_cloud.stop(arguments.state)
+        return 0
+    environment = local_cloud.start(arguments.state) if arguments.action == "start" else local_cloud.status(arguments.state)
+    if environment is None:
+        print(f"no local cloud runs in {arguments.state}", file=sys.stderr)
+        return 1
+    print(local_cloud.export_lines(environment), end="")
+    return 0
+
+
+def _serve(arguments: argparse.Namespace, _: list[str]) -> None:
+    from serving.__main__ import serve
+
+    serve(arguments.lake, arguments.host, arguments.port, arguments.cache)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

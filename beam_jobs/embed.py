@@ -1,0 +1,140 @@
+"""Embed: every thumbnail becomes an embedding, once for each version of the encoder, and a month's images find theirs.
+
+    adstocrat embed 2026-10 --lake gs://bucket
+
+Writes `embeddings/<encoder>/<month>/<run>/packs/` (packs of thumbnails that this encoder has not seen) and, for each month of the window
+that lacks them, `embeddings/<encoder>/<month>/<run>/` (creative and embedding, in the shards of the month's rows).
+"""
+
+import functools
+from collections.abc import Iterator
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from apache_beam.ml.inference.base import RunInference
+
+from beam_jobs.arrow import (
+    CommitStage,
+    Repartition,
+    ShardPair,
+    Unit,
+    WriteUnits,
+    pair_shards,
+    read_table,
+    read_unit,
+    spill_folder,
+)
+from beam_jobs.creatives import pack_files
+from beam_jobs.inference import EncoderHandler, Named
+from beam_jobs.run import MonthRun
+from model.encoder import EMBEDDING_WIDTH
+from schemas import lake
+from schemas.hashing import hash64_column, salted
+from schemas.lake import Receipt, embeddings_folder, shard_of_unit
+from schemas.parquet import read_parquet, write_parquet
+from schemas.storage import Storage
+
+# A batch of thumbnails is 12 MiB.
+_BATCH_THUMBNAILS = 1024
+_EMBEDDED = pa.schema([("creative", pa.string()), ("embedding", pa.list_(pa.float32(), EMBEDDING_WIDTH))])
+_WANTED = pa.schema([("creative", pa.string()), ("shard", pa.int32())])
+
+
+def define_pack_pipeline(root: beam.Pipeline, run: MonthRun, encoder: str) -> None:
+    """Packs that this encoder has not seen → their embeddings, a file a pack."""
+    folder = embeddings_folder(encoder, run.month, run.id) + "/packs"
+    seen = {receipt.unit.rpartition("@")[0] for receipt in _embedded(run.storage, encoder)}
+    _ = (
+        root
+        | "Packs" >> beam.Create([pack for pack in pack_files(run.storage) if pack not in seen])
+        | "SpreadPacks" >> beam.Reshuffle()
+        | "ReadThumbnails" >> beam.FlatMap(functools.partial(read_thumbnails, run.storage)).with_output_types(Named)
+        | "Embed" >> RunInference(EncoderHandler(run.storage, encoder)).with_output_types(Named)
+        | "WriteEmbeddings" >> beam.ParDo(WriteUnits(run.storage, folder, _count)).with_output_types(Receipt)
+        | "CommitPacks" >> CommitStage(run.storage, folder, "packs", {"encoder": encoder})
+    )
+
+
+def define_gather_pipeline(root: beam.Pipeline, run: MonthRun, encoder: str, month: str, id: str) -> None:
+    """The creatives of a month's images, and all embeddings → the embeddings that each shard of its rows needs."""
+    folder, storage = embeddings_folder(encoder, month, id), run.storage
+    index = run.manifest(lake.stage_folder("creatives", month, id), "creatives")
+    shards, spill = index.info["shards"], spill_folder(folder)
+    by_creative = functools.partial(_shard_of_creative, shards=shards)
+    wanted = (
+        root
+        | "Index" >> beam.Create([(receipt.file, shard_of_unit(receipt.unit)) for receipt in index.receipts if receipt.file])
+        | "SpreadIndex" >> beam.Reshuffle()
+        | "ReadWanted" >> beam.FlatMap(functools.partial(_read_wanted, storage)).with_output_types(pa.RecordBatch)
+        | "ShardWanted" >> Repartition(storage, spill, shards, by_creative, unit_rows=None)
+    )
+    embedded = (
+        root
+        | "Embeddings" >> beam.Create([receipt.file for receipt in _embedded(storage, encoder)])
+        | "SpreadEmbeddings" >> beam.Reshuffle()
+        | "ReadEmbeddings" >> beam.FlatMap(functools.partial(read_parquet, storage)).with_output_types(pa.RecordBatch)
+        | "ShardEmbeddings" >> Repartition(storage, spill, shards, by_creative, unit_rows=None)
+    )
+    _ = (
+        pair_shards(wanted, embedded)
+        | "FindEmbeddings" >> beam.FlatMap(functools.partial(find_embeddings, storage)).with_output_types(pa.RecordBatch)
+        | "ShardByImage" >> Repartition(storage, spill, shards, _shard_column, unit_rows=None)
+        | "SpreadShards" >> beam.Reshuffle()
+        | "WriteShards" >> beam.Map(write_embeddings, storage, folder).with_output_types(Receipt)
+        | "CommitEmbeddings" >> CommitStage(storage, folder, "embed", {"encoder": encoder, "shards": shards, "width": EMBEDDING_WIDTH})
+    )
+
+
+def _embedded(storage: Storage, encoder: str) -> list[Receipt]:
+    """What this encoder has embedded, in all complete runs: a receipt a pack."""
+    manifests = [name.rpartition("/")[0] for name in storage.names(f"embeddings/{encoder}/") if name.endswith(f"/packs/{lake.MANIFEST}")]
+    return [receipt for folder in manifests for receipt in lake.read_manifest(storage, folder).receipts]  # type: ignore[union-attr]
+
+
+def read_thumbnails(storage: Storage, pack: str) -> Iterator[Named]:
+    """The pack's thumbnails in batches, named by where they start; images without one are passed over."""
+    start = 0
+    for batch in read_parquet(storage, pack, ["creative", "thumbnail"], _BATCH_THUMBNAILS):
+        usable = batch.filter(batch["thumbnail"].is_valid())
+        if usable.num_rows:
+            yield f"{pack}@{start}", usable
+        start += usable.num_rows
+
+
+def _count(batch: pa.RecordBatch) -> dict[str, int]:
+    return {"embedded": batch.num_rows}
+
+
+def _read_wanted(storage: Storage, indexed: tuple[str, int]) -> Iterator[pa.RecordBatch]:
+    file, shard = indexed
+    for batch in read_parquet(storage, file, ["creative"]):
+        creatives = pc.unique(batch["creative"].drop_null())
+        yield pa.RecordBatch.from_arrays([creatives, pa.repeat(pa.scalar(shard, pa.int32()), len(creatives))], schema=_WANTED)
+
+
+def _shard_of_creative(batch: pa.RecordBatch, shards: int) -> np.ndarray:
+    return (hash64_column(batch["creative"], salted("creative")) % np.uint64(shards)).astype(np.int64)
+
+
+def _shard_column(batch: pa.RecordBatch) -> np.ndarray:
+    return batch["shard"].to_numpy()
+
+
+def find_embeddings(storage: Storage, pair: ShardPair) -> Iterator[pa.RecordBatch]:
+    """Wanted creatives (left) with their embeddings (right)."""
+    embedded = read_table(storage, pair.right, _EMBEDDED).combine_chunks()
+    creatives, matrix = embedded["creative"].combine_chunks(), embedded["embedding"].combine_chunks()
+    for unit in pair.left:
+        for wanted in read_unit(storage, unit):
+            found = matrix.take(pc.index_in(wanted["creative"], creatives))
+            yield pa.RecordBatch.from_arrays([*wanted.columns, found], ["creative", "shard", "embedding"])
+
+
+def write_embeddings(unit: Unit, storage: Storage, folder: str) -> Receipt:
+    """Write the embeddings of a shard's creatives, each once, in order of creative."""
+    table = pa.Table.from_batches(read_unit(storage, unit)).drop_columns("shard").combine_chunks()
+    creatives = table["creative"].combine_chunks()
+    _, first = np.unique(creatives.to_numpy(zero_copy_only=False), return_index=True)
+    return write_parquet(storage, folder, f"shard/{unit.name}", table.take(pa.array(first)).to_batches(), {"creatives": len(first)})

@@ -1,0 +1,86 @@
+"""Beam RunInference over RecordBatches: the handlers that load one pinned version of a model, once a process.
+
+Elements are (`unit@start`, batch): the name says where the batch belongs, so that its results can be written to the unit's file.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from apache_beam.ml.inference.base import ModelHandler
+
+from beam_jobs.join import embedding_matrix
+from model import images, registry
+from schemas.storage import Storage
+
+Named = tuple[str, pa.RecordBatch]
+Model = TypeVar("Model")
+OK, NO_IMAGE, FALLBACK = "ok", "no_image", "fallback"
+
+
+class _BatchHandler(ModelHandler[Named, Named, Model]):
+    """What both handlers share: batches are batches already, and a model is fetched, checked and loaded from local disk."""
+
+    kind: str
+
+    def __init__(self, storage: Storage, version: str):
+        super().__init__()
+        self._storage, self._version = storage, version
+
+    def load_model(self) -> Model:
+        return registry.load(self._storage, self.kind, self._version)
+
+    def should_skip_batching(self) -> bool:
+        return True
+
+    def get_num_bytes(self, batch: Any) -> int:
+        return batch[1].nbytes
+
+    def get_metrics_namespace(self) -> str:
+        return f"Adstocrat_{self.kind}"
+
+
+class EncoderHandler(_BatchHandler[Any]):
+    """Thumbnails → embeddings: batches of `creative` and `thumbnail` become `creative` and `embedding`."""
+
+    kind = "encoder"
+
+    def run_inference(self, batch: Any, model: Any, inference_args: Any = None) -> Iterable[Named]:
+        name, thumbnails = batch
+        side = images.THUMBNAIL_SIZE
+        packed = b"".join(thumbnails["thumbnail"].to_pylist())
+        pixels = np.frombuffer(packed, np.uint8).reshape(-1, side, side, 3)
+        columns = [thumbnails["creative"], embedding_matrix(model.embed(pixels))]
+        return [(name, pa.RecordBatch.from_arrays(columns, ["creative", "embedding"]))]
+
+
+class RankerHandler(_BatchHandler[Any]):
+    """Joined rows → scores: the carried columns with `p_click`, `creative`, `image_status` and `score_status`."""
+
+    kind = "ranker"
+
+    def __init__(self, storage: Storage, version: str, carried: Sequence[str]):
+        super().__init__(storage, version)
+        self._carried = list(carried)
+
+    def run_inference(self, batch: Any, model: Any, inference_args: Any = None) -> Iterable[Named]:
+        name, rows = batch
+        return [(name, scored(rows, model, self._carried))]
+
+
+def scored(rows: pa.RecordBatch, ranker: Any, carried: Sequence[str]) -> pa.RecordBatch:
+    """Score joined rows at the reference position; one that gets no finite probability gets the base rate and says so."""
+    probability = ranker.predict(rows)
+    finite = np.isfinite(probability)
+    usable = rows["creative"].is_valid().to_numpy(zero_copy_only=False)
+    status = np.where(finite, np.where(usable, OK, NO_IMAGE), FALLBACK)
+    columns = {
+        "key": rows["key"],
+        **{name: rows[name] for name in carried},
+        "p_click": pa.array(np.where(finite, probability, ranker.base_rate), pa.float64()),
+        "creative": rows["creative"],
+        "image_status": rows["image_status"],
+        "score_status": pa.array(status.astype(object), pa.string()),
+    }
+    return pa.RecordBatch.from_arrays(list(columns.values()), list(columns))

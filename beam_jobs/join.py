@@ -1,0 +1,115 @@
+"""Rows beside their images, shard by shard, as they are read: nothing joined is stored, and nothing is shuffled for it.
+
+Ingest, creatives and embeddings agree on the shard of an image name, so a shard of rows needs the same shard of the others alone.
+"""
+
+import functools
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from beam_jobs.run import MonthRun
+from model import images
+from schemas import lake
+from schemas.lake import Manifest, Receipt, embeddings_folder, shard_of_unit
+from schemas.parquet import read_parquet
+from schemas.storage import Storage
+
+INDEX = pa.schema([("image", pa.string()), ("creative", pa.string()), ("image_status", pa.string())])
+
+
+class ShardImages:
+    """The images of one shard of a month: what a row's image name says of creative, status and, with an encoder, embedding."""
+
+    def __init__(self, storage: Storage, contract_image: str | None, index: Receipt | None, embeddings: Receipt | None):
+        self._image = contract_image
+        self._index = _table(storage, index, INDEX)
+        self._names = self._index["image"].combine_chunks()
+        self._creatives, self._matrix = None, None
+        if embeddings:
+            table = pa.Table.from_batches(list(read_parquet(storage, embeddings.file)))
+            self._creatives, self._matrix = table["creative"].combine_chunks(), table["embedding"].combine_chunks()
+
+    def join(self, rows: pa.RecordBatch, width: int | None) -> pa.RecordBatch:
+        """The rows with `creative`, `image_status` and, where `width` is given, `embedding` (float32, that many to a row; null without)."""
+        if self._image is None:
+            creative = pa.nulls(len(rows), pa.string())
+            status = pa.repeat(pa.scalar(images.NO_IMAGE), len(rows))
+        else:
+            where = pc.index_in(rows[self._image], self._names)
+            creative = self._index["creative"].combine_chunks().take(where)
+            status = pc.fill_null(self._index["image_status"].combine_chunks().take(where), images.MISSING)
+            status = pc.if_else(pc.is_null(rows[self._image]), images.NO_IMAGE, status)
+        columns = [*rows.columns, creative, status]
+        names = [*rows.schema.names, "creative", "image_status"]
+        if width is not None:
+            columns, names = [*columns, self._embeddings(creative, width)], [*names, "embedding"]
+        return pa.RecordBatch.from_arrays(columns, names)
+
+    def _embeddings(self, creative: pa.Array, width: int) -> pa.Array:
+        type_ = pa.list_(pa.float32(), width)
+        if self._creatives is None or self._matrix is None:
+            return pa.nulls(len(creative), type_)
+        return self._matrix.take(pc.index_in(creative, self._creatives))
+
+
+def _table(storage: Storage, receipt: Receipt | None, schema: pa.Schema) -> pa.Table:
+    return pa.Table.from_batches(list(read_parquet(storage, receipt.file)) if receipt and receipt.file else [], schema)
+
+
+class MonthRows:
+    """A month's ingested rows and what they are joined with, by its manifests.
+
+    Args:
+        run: whose lake and contract.
+        month, id: which run's rows.
+        encoder: version whose embeddings to join; None joins creative and status only.
+    """
+
+    def __init__(self, run: MonthRun, month: str, id: str, encoder: str | None):
+        self._run, self._encoder = run, encoder
+        rows = run.manifest(lake.stage_folder("rows", month, id), "ingest")
+        self.units = [receipt for receipt in rows.receipts if receipt.unit.startswith("shard/")]
+        self._index = _by_shard(run.manifest(lake.stage_folder("creatives", month, id), "creatives"))
+        embedded = encoder and run.manifest(embeddings_folder(encoder, month, id), "embed")
+        self._embeddings = _by_shard(embedded) if embedded else {}
+        self._width = embedded.info["width"] if embedded else None
+
+    def creatives(self) -> Iterator[pa.Array]:
+        """The creatives of the month's images, a shard at a time."""
+        for receipt in self._index.values():
+            for batch in read_parquet(self._run.storage, receipt.file, ["creative"]):
+                yield batch["creative"]
+
+    def batches(self, unit: Receipt) -> Iterator[pa.RecordBatch]:
+        """The joined batches of one unit of rows, in order."""
+        shard = shard_of_unit(unit.unit)
+        image = self._run.contract.image.name if self._run.contract.image else None
+        joiner = ShardImages(self._run.storage, image, self._index.get(shard), self._embeddings.get(shard))
+        for rows in read_parquet(self._run.storage, unit.file):
+            yield joiner.join(rows, self._width)
+
+
+def _by_shard(manifest: Manifest) -> dict[int, Receipt]:
+    return {shard_of_unit(receipt.unit): receipt for receipt in manifest.receipts if receipt.file}
+
+
+def examples(run: MonthRun, encoder: str | None, epoch: int) -> Iterator[pa.RecordBatch]:
+    """All joined batches of the window; each epoch has its own order of units, which depends on the seed and its number alone."""
+    units = [(rows, unit) for month, id in run.window for rows in [_month_rows(run, month, id, encoder)] for unit in rows.units]
+    random.Random(f"{run.config.seed} {epoch}").shuffle(units)
+    for rows, unit in units:
+        yield from rows.batches(unit)
+
+
+@functools.lru_cache(8)
+def _month_rows(run: MonthRun, month: str, id: str, encoder: str | None) -> MonthRows:
+    return MonthRows(run, month, id, encoder)
+
+
+def embedding_matrix(embeddings: np.ndarray) -> pa.Array:
+    """Embeddings, float32 (n, width), as an Arrow column of fixed-size lists."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1), pa.float32()), embeddings.shape[1])

@@ -1,0 +1,114 @@
+"""The ledger: every row of the month accounted for, from manifests and from the files themselves, never from a runner's counters."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from beam_jobs.run import MonthRun, StageError
+from schemas import lake
+from schemas.lake import Manifest
+from schemas.storage import Storage
+
+
+def take(run: MonthRun) -> dict[str, Any]:
+    """Account for the run and write `ledger.json`.
+
+    Returns:
+        `counts` by name, `rejected` by reason, `image_status` and `score_status` by value, and `balanced`.
+
+    Raises:
+        StageError: it does not balance; says where.
+    """
+    rows = run.manifest(run.stage("rows"), "ingest")
+    scores = run.manifest(run.stage("scores"), "score")
+    lookup = run.manifest(run.stage("lookup"), "lookup")
+    packs = run.manifest(run.stage("creatives") + "/packs", "creatives")
+    index = run.manifest(run.stage("creatives"), "creatives")
+    embedded = lake.read_manifest(run.storage, lake.stage_folder(f"embeddings/{scores.info['encoder']}", run.month, run.id) + "/packs")
+    rejected = rows.counts("rejected:")
+    counts = {
+        "read": rows.count("read"),
+        "rejected": sum(rejected.values()),
+        "ingested": rows.count("ingested"),
+        "ingested in files": _parquet_rows(run.storage, [r.file for r in rows.receipts if r.unit.startswith("shard/")]),
+        "rejected in files": _parquet_rows(run.storage, [r.file for r in rows.receipts if r.unit.startswith("file/") and r.file]),
+        "scored": scores.count("scored"),
+        "scored in files": _parquet_rows(run.storage, scores.files),
+        "lookup": lookup.rows,
+        "lookup in files": _lookup_entries(run.storage, lookup),
+        "images": index.count("images"),
+        "images fetched": packs.count("fetched"),
+        "images decoded": packs.count("decoded"),
+        "creatives embedded": embedded.count("embedded") if embedded else 0,
+    }
+    unbalanced = [
+        f"{left} {counts[left]:,} is not {right} {wanted:,}"
+        for left, right, wanted in (
+            ("read", "ingested + rejected", counts["ingested"] + counts["rejected"]),
+            ("ingested in files", "ingested", counts["ingested"]),
+            ("rejected in files", "rejected", counts["rejected"]),
+            ("scored", "ingested", counts["ingested"]),
+            ("scored in files", "scored", counts["scored"]),
+            ("lookup", "ingested", counts["ingested"]),
+            ("lookup in files", "lookup", counts["lookup"]),
+        )
+        if counts[left] != wanted
+    ]
+    ledger = {
+        "month": run.month,
+        "run": run.id,
+        "counts": counts,
+        "rejected": rejected,
+        "image_status": scores.counts("image_status:"),
+        "score_status": scores.counts("score_status:"),
+        "balanced": not unbalanced,
+        "unbalanced": unbalanced,
+    }
+    run.storage.write(f"{run.folder}/ledger.json", json.dumps(ledger, indent=1).encode())
+    if unbalanced:
+        raise StageError(f"the ledger of {run.month} does not balance, nothing is published: {'; '.join(unbalanced)}")
+    return ledger
+
+
+def show(ledger: Mapping[str, Any]) -> str:
+    """The ledger as lines to read, ending in `balanced` where it is."""
+    counts = ledger["counts"]
+
+    def each(values: Mapping[str, int]) -> str:
+        return ", ".join(f"{name} {count:,}" for name, count in values.items()) or "none"
+
+    return "\n".join(
+        (
+            f"ledger of {ledger['month']}, run {ledger['run']}",
+            f"  rows     read {counts['read']:,} = ingested {counts['ingested']:,} + rejected {counts['rejected']:,} ({each(ledger['rejected'])})",
+            f"           ingested {counts['ingested']:,} = scored {counts['scored']:,} = lookup {counts['lookup']:,}",
+            f"  images   {counts['images']:,} delivered, {counts['images fetched']:,} fetched, {counts['images decoded']:,} decoded, "
+            f"{counts['creatives embedded']:,} embedded",
+            f"  status   image: {each(ledger['image_status'])}; score: {each(ledger['score_status'])}",
+            "  balanced" if ledger["balanced"] else f"  NOT balanced: {'; '.join(ledger['unbalanced'])}",
+        )
+    )
+
+
+def _parquet_rows(storage: Storage, files: list[str]) -> int:
+    """Rows by the files' own footers."""
+    total = 0
+    for file in files:
+        with storage.open(file) as stream:
+            total += pq.ParquetFile(pa.PythonFile(stream, "r")).metadata.num_rows
+    return total
+
+
+def _lookup_entries(storage: Storage, lookup: Manifest) -> int:
+    """Entries by the shards' own count."""
+    import lmdb
+
+    total = 0
+    for file in lookup.files:
+        with storage.local(file) as path, lmdb.open(str(pathlib.Path(path)), subdir=False, readonly=True, lock=False) as environment:
+            total += environment.stat()["entries"]
+    return total

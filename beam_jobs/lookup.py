@@ -1,0 +1,107 @@
+"""Lookup: the scores as a precomputed table that the REST service answers from, one LMDB file a shard of keys.
+
+    adstocrat lookup 2026-10 --lake gs://bucket
+
+Writes `lookup/<month>/<run>/`.
+"""
+
+import datetime
+import functools
+import pathlib
+import tempfile
+from collections.abc import Iterator
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from beam_jobs.arrow import UNIT_ROWS, CommitStage, Repartition, Unit, read_unit, shards_for, spill_folder
+from beam_jobs.run import MonthRun
+from schemas import lake
+from schemas.hashing import hash64_column, salted
+from schemas.lake import Manifest, Receipt
+from schemas.parquet import read_parquet, upload
+from schemas.storage import Storage
+from serving import store
+
+# What is the same for every row of a run is said once, in the manifest; the service adds it to each answer.
+SAME_FOR_ALL = ("month", "run_id", "encoder_version", "model_version")
+
+
+def define_pipeline(root: beam.Pipeline, run: MonthRun, scores: Manifest) -> None:
+    """Score files → lookup shards by key."""
+    folder = run.stage("lookup")
+    shards = shards_for(scores.rows, UNIT_ROWS)
+    info = {
+        "month": run.month,
+        "run": run.id,
+        "shards": shards,
+        "encoder_version": scores.info["encoder"],
+        "model_version": scores.info["ranker"],
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    _ = (
+        root
+        | "Scores" >> beam.Create(scores.files)
+        | "SpreadScores" >> beam.Reshuffle()
+        | "ReadScores" >> beam.FlatMap(functools.partial(read_scores, run.storage)).with_output_types(pa.RecordBatch)
+        | "ShardByKey"
+        >> Repartition(run.storage, spill_folder(folder), shards, functools.partial(shard_of_key, shards=shards), unit_rows=None)
+        | "SpreadShards" >> beam.Reshuffle()
+        | "WriteShard" >> beam.Map(write_shard, run.storage, folder, shards).with_output_types(Receipt)
+        | "CommitLookup" >> CommitStage(run.storage, folder, store.STAGE, info)
+    )
+
+
+def read_scores(storage: Storage, file: str) -> Iterator[pa.RecordBatch]:
+    """A score file as `key` and `json`, the row's own members of the answer."""
+    for batch in read_parquet(storage, file):
+        own = batch.select([name for name in batch.schema.names if name not in SAME_FOR_ALL])
+        yield pa.RecordBatch.from_arrays([batch["key"], json_objects(own)], ["key", "json"])
+
+
+def shard_of_key(batch: pa.RecordBatch, shards: int) -> np.ndarray:
+    """As `serving.store.shard_of`, for a whole column."""
+    return (hash64_column(batch["key"], salted("lookup")) % np.uint64(shards)).astype(np.int64)
+
+
+def write_shard(unit: Unit, storage: Storage, folder: str, shards: int) -> Receipt:
+    """Sort a shard's rows by key and write them as its LMDB file."""
+    table = pa.Table.from_batches(read_unit(storage, unit)).sort_by("key")
+    keys, values = (table[name].cast(pa.binary()) for name in ("key", "json"))
+    items = (
+        (key, value)
+        for chunk in zip(keys.chunks, values.chunks, strict=True)
+        for key, value in zip(*map(pa.Array.to_pylist, chunk), strict=True)
+    )
+    name = store.shard_name(unit.shard, shards)
+    with tempfile.TemporaryDirectory(prefix="adstocrat-") as temporary:
+        path = pathlib.Path(temporary) / "shard.lmdb"
+        rows = store.write_shard(path, items, table.nbytes)
+        file, checksum = upload(storage, path, lake.unique(folder, name, ".lmdb"))
+    return Receipt(name, file, rows, {"entries": rows}, checksum)
+
+
+def json_objects(batch: pa.RecordBatch) -> pa.Array:
+    """Each row as a JSON object in one string, made by column."""
+    pieces = []
+    for i, name in enumerate(batch.schema.names):
+        head = ("{" if i == 0 else ",") + json_strings(pa.array([name]))[0].as_py() + ":"
+        pieces += [pa.scalar(head), json_values(batch[name])]
+    return pc.binary_join_element_wise(*pieces, pa.scalar("}"), pa.scalar(""))
+
+
+def json_values(column: pa.Array) -> pa.Array:
+    """A column's values as JSON texts; a null is `null`."""
+    texts = json_strings(column) if pa.types.is_string(column.type) else column.cast(pa.string())
+    return pc.fill_null(texts, "null")
+
+
+def json_strings(column: pa.Array) -> pa.Array:
+    """Strings as JSON strings, quoted and escaped."""
+    text = pc.replace_substring(pc.replace_substring(column, "\\", "\\\\"), '"', '\\"')
+    if pc.any(pc.match_substring_regex(text, "[\\x00-\\x1f]")).as_py():
+        for code in range(0x20):
+            text = pc.replace_substring(text, chr(code), f"\\u{code:04x}")
+    return pc.binary_join_element_wise(pa.scalar('"'), text, pa.scalar('"'), pa.scalar(""))

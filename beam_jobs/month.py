@@ -1,0 +1,234 @@
+"""The month: all stages in order, each skipped when its output is complete, each telling one line."""
+
+import dataclasses
+import logging
+import resource
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from beam_jobs import ledger
+from beam_jobs.run import MonthRun, StageError
+from schemas import lake
+from schemas.lake import Manifest
+
+log = logging.getLogger("adstocrat")
+Flags = Sequence[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One step of the month.
+
+    Attributes:
+        name: of the command too.
+        help: what it does, for `--help`.
+        is_complete: whether there is nothing to do.
+        execute: does it, given Beam's flags.
+        tell: its counts in a few words, and the units of work that its rate counts.
+    """
+
+    name: str
+    help: str
+    is_complete: Callable[[MonthRun], bool]
+    execute: Callable[[MonthRun, Flags], None]
+    tell: Callable[[MonthRun], tuple[str, int]]
+
+
+def run_month(run: MonthRun, flags: Flags) -> None:
+    """Run all stages, then show the ledger."""
+    log.info("month %s, run %s, window %s", run.month, run.id, ", ".join(month for month, _ in run.window))
+    for stage in STAGES:
+        run_stage(stage, run, flags)
+    log.info("%s", ledger.show(run.storage.read_json(f"{run.folder}/ledger.json")))
+
+
+def run_stage(stage: Stage, run: MonthRun, flags: Flags) -> None:
+    """Run one stage unless its output is complete, and tell its counts, rate and time."""
+    if stage.is_complete(run):
+        log.info("%-10s complete, skipped: %s", stage.name, stage.tell(run)[0])
+        return
+    started = time.monotonic()
+    stage.execute(run, flags)
+    seconds = time.monotonic() - started
+    words, units = stage.tell(run)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
+    log.info("%-10s %s; %s/s, %.1f s, peak memory %.1f GiB", stage.name, words, f"{units / max(seconds, 1e-9):,.0f}", seconds, peak)
+
+
+def _complete(folder: Callable[[MonthRun], str]) -> Callable[[MonthRun], bool]:
+    return lambda run: lake.read_manifest(run.storage, folder(run)) is not None
+
+
+def _pipeline(define: Any, flags: Flags, *arguments: Any) -> None:
+    """Launch one pipeline and wait for it."""
+    from beam_jobs.runner import run_pipeline
+
+    run_pipeline(lambda root: define(root, *arguments), flags)
+
+
+# Each stage imports its own job, so that a month in which nothing is to do imports neither Beam nor TensorFlow.
+
+
+def _ingest(run: MonthRun, flags: Flags) -> None:
+    from beam_jobs import ingest
+
+    _pipeline(ingest.define_pipeline, flags, run)
+    if not _rows(run).count("ingested"):
+        raise StageError(
+            f"no row of {run.month} could be ingested, all {_rows(run).count('read'):,} were rejected; see {run.stage('rejects')}"
+        )
+
+
+def _rows(run: MonthRun) -> Manifest:
+    return run.manifest(run.stage("rows"), "ingest")
+
+
+def _tell_ingest(run: MonthRun) -> tuple[str, int]:
+    rows = _rows(run)
+    read, ingested, rejected = rows.count("read"), rows.count("ingested"), rows.counts("rejected:")
+    reasons = f" ({', '.join(f'{reason} {count:,}' for reason, count in rejected.items())})" if rejected else ""
+    return f"{read:,} rows read, {ingested:,} ingested, {sum(rejected.values()):,} rejected{reasons}", read
+
+
+def _creatives(run: MonthRun, flags: Flags) -> None:
+    from beam_jobs import creatives
+
+    if lake.read_manifest(run.storage, run.stage("creatives") + "/packs") is None:
+        _pipeline(creatives.define_pack_pipeline, flags, run)
+    _pipeline(creatives.define_index_pipeline, flags, run, _rows(run).info["shards"])
+
+
+def _tell_creatives(run: MonthRun) -> tuple[str, int]:
+    index = run.manifest(run.stage("creatives"), "creatives")
+    packs = run.manifest(run.stage("creatives") + "/packs", "creatives")
+    images, fetched, faults = index.count("images"), packs.count("fetched"), index.count("images") - index.count("status:ok")
+    return f"{images:,} images, {fetched:,} new, {packs.count('decoded'):,} decoded, {faults:,} faults", fetched
+
+
+def _encoder(run: MonthRun, flags: Flags) -> None:
+    from beam_jobs import train
+
+    _pipeline(train.define_pipeline, flags, run, train.train_encoder)
+
+
+def _tell_model(folder: Callable[[MonthRun], str]) -> Callable[[MonthRun], tuple[str, int]]:
+    def tell(run: MonthRun) -> tuple[str, int]:
+        info = run.manifest(folder(run), "train").info
+        told = ", ".join(f"{name} {_short(value)}" for name, value in info["training"].items() if not isinstance(value, list | dict))
+        return f"{info['kind']} {info['version']}: {told}", info["training"]["rows"]
+
+    return tell
+
+
+def _short(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _embed(run: MonthRun, flags: Flags) -> None:
+    from beam_jobs import embed
+
+    if lake.read_manifest(run.storage, _embeddings(run) + "/packs") is None:
+        _pipeline(embed.define_pack_pipeline, flags, run, run.encoder)
+    # A new encoder has to embed the whole window; otherwise only this month is left.
+    for month, id in run.window:
+        if lake.read_manifest(run.storage, lake.embeddings_folder(run.encoder, month, id)) is None:
+            _pipeline(embed.define_gather_pipeline, flags, run, run.encoder, month, id)
+
+
+def _embeddings(run: MonthRun) -> str:
+    return lake.embeddings_folder(run.encoder, run.month, run.id)
+
+
+def _embed_is_complete(run: MonthRun) -> bool:
+    return all(lake.read_manifest(run.storage, lake.embeddings_folder(run.encoder, month, id)) for month, id in run.window)
+
+
+def _tell_embed(run: MonthRun) -> tuple[str, int]:
+    embedded = run.manifest(_embeddings(run) + "/packs", "embed").count("embedded")
+    return f"{embedded:,} new creatives embedded by {run.encoder}", embedded
+
+
+def _train(run: MonthRun, flags: Flags) -> None:
+    from beam_jobs import train
+
+    _pipeline(train.define_pipeline, flags, run, train.train_ranker)
+
+
+def _evaluate(run: MonthRun, flags: Flags) -> None:
+    from beam_jobs import evaluate
+
+    _pipeline(evaluate.define_pipeline, flags, run, run.manifest(_ranker_folder(run), "train"))
+
+
+def _tell_evaluate(run: MonthRun) -> tuple[str, int]:
+    info = run.manifest(run.stage("evaluation"), "evaluate").info
+    ruling = "candidate promoted" if info["promoted"] else "champion kept"
+    return f"{ruling}{' (flagged)' if info['flagged'] else ''}: {info['why']}", info["metrics"]["candidate"]["rows"]
+
+
+def _score(run: MonthRun, flags: Flags) -> None:
+    from beam_jobs import score
+
+    _pipeline(score.define_pipeline, flags, run, run.manifest(run.stage("evaluation"), "evaluate"))
+
+
+def _tell_score(run: MonthRun) -> tuple[str, int]:
+    scores = run.manifest(run.stage("scores"), "score")
+    statuses = ", ".join(f"{name} {count:,}" for name, count in scores.counts("score_status:").items())
+    return f"{scores.count('scored'):,} rows scored with {scores.info['ranker']} ({statuses})", scores.count("scored")
+
+
+def _lookup(run: MonthRun, flags: Flags) -> None:
+    from beam_jobs import lookup
+
+    _pipeline(lookup.define_pipeline, flags, run, run.manifest(run.stage("scores"), "score"))
+
+
+def _tell_lookup(run: MonthRun) -> tuple[str, int]:
+    lookup = run.manifest(run.stage("lookup"), "lookup")
+    return f"{lookup.rows:,} keys in {lookup.info['shards']} shards", lookup.rows
+
+
+def _is_published(run: MonthRun) -> bool:
+    from beam_jobs import publish
+
+    return publish.is_published(run)
+
+
+def _publish(run: MonthRun, flags: Flags) -> None:
+    from beam_jobs import publish
+
+    publish.publish(run)
+
+
+def _tell_publish(run: MonthRun) -> tuple[str, int]:
+    rows = run.manifest(run.stage("publish"), "publish").info["rows"]
+    return f"{rows:,} rows to {run.config.dataset + '.scores and ' if run.config.dataset else ''}the lookup", rows
+
+
+def _encoder_folder(run: MonthRun) -> str:
+    return lake.model_folder("encoder", run.encoder)
+
+
+def _ranker_folder(run: MonthRun) -> str:
+    return lake.model_folder("ranker", run.version)
+
+
+def _of(stage: str) -> Callable[[MonthRun], str]:
+    return lambda run: run.stage(stage)
+
+
+STAGES = (
+    Stage("ingest", "CSV files to checked rows, and rejects", _complete(_of("rows")), _ingest, _tell_ingest),
+    Stage("creatives", "look at new images: content, thumbnail, faults", _complete(_of("creatives")), _creatives, _tell_creatives),
+    Stage(
+        "encoder", "train the encoder, if there is none to go on with", _complete(_encoder_folder), _encoder, _tell_model(_encoder_folder)
+    ),
+    Stage("embed", "thumbnails to embeddings, each once", _embed_is_complete, _embed, _tell_embed),
+    Stage("train", "train or refresh the ranker", _complete(_ranker_folder), _train, _tell_model(_ranker_folder)),
+    Stage("evaluate", "judge the candidate on gate rows", _complete(_of("evaluation")), _evaluate, _tell_evaluate),
+    Stage("score", "score the whole inventory", _complete(_of("scores")), _score, _tell_score),
+    Stage("lookup", "scores to the table that REST answers from", _complete(_of("lookup")), _lookup, _tell_lookup),
+    Stage("publish", "take the ledger, publish to BigQuery, move the pointers", _is_published, _publish, _tell_publish),
+)

@@ -1,0 +1,104 @@
+"""Train: the encoder, rarely, and the ranker, every month, each as one element of a pipeline, on a GPU worker where there is one.
+
+    adstocrat encoder 2026-10 --lake gs://bucket
+    adstocrat train 2026-10 --lake gs://bucket
+
+Writes `models/encoder/<month>-<run>/` where there is no champion to take the encoder of, and `models/ranker/<month>-<run>/`.
+"""
+
+import dataclasses
+import functools
+import logging
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from beam_jobs.creatives import pack_files
+from beam_jobs.join import MonthRows, examples
+from beam_jobs.run import MonthRun, StageError
+from model import registry
+from schemas import lake
+from schemas.lake import Manifest
+from schemas.parquet import read_parquet
+
+log = logging.getLogger("adstocrat")
+_BATCH_THUMBNAILS = 1024
+
+
+def define_pipeline(root: beam.Pipeline, run: MonthRun, train: Callable[[MonthRun], Manifest]) -> None:
+    """The run → one of its models; the element is the run, so that a GPU worker can take the whole of it."""
+    _ = root | "Run" >> beam.Create([run]) | "Train" >> beam.Map(train)
+
+
+def train_encoder(run: MonthRun) -> Manifest:
+    """Train the encoder on the window's creatives, and commit it."""
+    from model import training
+
+    with registry.local_folder() as folder:
+        summary = _or_stage_error(
+            run,
+            lambda: training.train_encoder(
+                functools.partial(examples, run, None),
+                functools.partial(thumbnails, run),
+                run.contract,
+                run.config.seed,
+                pathlib.Path(folder),
+                lambda line: log.info("  encoder: %s", line),
+            ),
+        )
+        return _commit(run, "encoder", folder, {"training": summary})
+
+
+def train_ranker(run: MonthRun) -> Manifest:
+    """Train or refresh the ranker on the window's rows, and commit it."""
+    from model import training
+
+    encoder = run.encoder
+    digest = registry.manifest(run.storage, "encoder", encoder).info["digest"]
+    with registry.local_folder() as folder, registry.local_folder() as parent:
+        if run.champion:
+            registry.fetch(run.storage, "ranker", run.champion.ranker, pathlib.Path(parent))
+        summary = _or_stage_error(
+            run,
+            lambda: training.train_ranker(
+                functools.partial(examples, run, encoder),
+                run.contract,
+                run.config.seed,
+                pathlib.Path(folder),
+                encoder,
+                digest,
+                pathlib.Path(parent) if run.champion else None,
+                lambda line: log.info("  train: %s", line),
+            ),
+        )
+        champion = run.champion and dataclasses.asdict(run.champion)
+        return _commit(run, "ranker", folder, {"training": summary, "parent": champion, "encoder": encoder, "encoder_digest": digest})
+
+
+def thumbnails(run: MonthRun) -> Iterator[pa.RecordBatch]:
+    """`creative` and `thumbnail` of the window's creatives, each once, in an order that depends on their content alone."""
+    rows = [MonthRows(run, month, id, None) for month, id in run.window]
+    used = pa.chunked_array([creatives for month in rows for creatives in month.creatives()], pa.string())
+    wanted = pc.unique(used).drop_null()
+    for pack in pack_files(run.storage):
+        for batch in read_parquet(run.storage, pack, ["creative", "thumbnail"], _BATCH_THUMBNAILS):
+            found = batch.filter(pc.and_(batch["thumbnail"].is_valid(), pc.is_in(batch["creative"], wanted)))
+            if found.num_rows:
+                yield found
+
+
+def _or_stage_error(run: MonthRun, train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return train()
+    except ValueError as error:
+        raise StageError(f"nothing could be learnt from {', '.join(month for month, _ in run.window)}: {error}") from error
+
+
+def _commit(run: MonthRun, kind: str, folder: str, info: dict[str, Any]) -> Manifest:
+    info |= {"month": run.month, "run": run.id, "contract": run.contract.fingerprint}
+    receipts, info = registry.save(run.storage, kind, run.version, pathlib.Path(folder), info)
+    return lake.commit(run.storage, lake.model_folder(kind, run.version), Manifest(kind, tuple(receipts), info))

@@ -1,0 +1,55 @@
+"""Parquet files of the lake: streamed in, written whole under attempt-unique names, each told by a receipt."""
+
+import pathlib
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas import lake
+from schemas.lake import Receipt
+from schemas.storage import Storage, crc32c
+
+BATCH_ROWS = 65_536
+
+
+def write_parquet(
+    storage: Storage, folder: str, unit: str, batches: Iterable[pa.RecordBatch], counts: Mapping[str, int] | None = None
+) -> Receipt:
+    """Write batches of one schema as a Parquet file of an attempt-unique name; no batches, no file."""
+    file, rows, checksum = "", 0, ""
+    with tempfile.TemporaryDirectory(prefix="adstocrat-") as temporary:
+        path = pathlib.Path(temporary) / "part.parquet"
+        writer = None
+        for batch in batches:
+            writer = writer or ParquetFile(path, batch.schema)
+            writer.write(batch)
+            rows += batch.num_rows
+        if writer:
+            writer.close()
+            file, checksum = upload(storage, path, lake.unique(folder, unit.replace("/", "_"), ".parquet"))
+    return Receipt(unit, file, rows, dict(counts or {}), checksum)
+
+
+class ParquetFile(pq.ParquetWriter):
+    """Parquet as all of the lake has it: a row group a batch, so that readers stream."""
+
+    def __init__(self, path: pathlib.Path, schema: pa.Schema):
+        super().__init__(path, schema, compression="zstd", compression_level=1, write_statistics=False)
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        super().write_batch(batch, row_group_size=BATCH_ROWS)
+
+
+def upload(storage: Storage, path: pathlib.Path, name: str) -> tuple[str, str]:
+    """Put a finished local file into the lake: (name, crc32c)."""
+    checksum = crc32c(path.read_bytes())
+    storage.upload(path, name)
+    return name, checksum
+
+
+def read_parquet(storage: Storage, file: str, columns: list[str] | None = None, rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
+    """Stream a Parquet file of the lake in batches of up to `rows` rows."""
+    with storage.local(file) as path, pq.ParquetFile(path, memory_map=True) as parquet:
+        yield from parquet.iter_batches(rows, columns=columns)
