@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import logging
+import os
 import pathlib
 import sys
 import types
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         command = commands.choices[parsed.command]
         command.error(f"unknown flag or argument {unknown[0]!r}{suggestion(unknown[0].partition('=')[0], command.known_flags())}")
+    # TensorFlow's own chatter about drivers and instructions; what goes wrong is raised all the same.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("adstocrat").setLevel(logging.INFO)
     try:
@@ -104,18 +107,16 @@ def _parser() -> tuple[_Parser, Any]:
     infer.add_argument("--out", required=True, metavar="FILE", help="where the contract is written")
     infer.set_defaults(run=_infer_contract)
 
-    month = commands.add_parser("month", help="run a month, all stages in order", epilog="Beam's own flags, the runner too, follow --.")
+    behind = "Beam's own flags, the runner too, follow --."
+    month = commands.add_parser("month", help="run a month, all stages in order", epilog=behind)
     _add_run_flags(month, _month)
     for stage in _STAGES:
-        one = commands.add_parser(
-            stage, help=f"run the stage {stage} of a month alone", epilog="Beam's own flags, the runner too, follow --."
-        )
-        _add_run_flags(one, _stage)
+        _add_run_flags(commands.add_parser(stage, help=f"run the stage {stage} of a month alone", epilog=behind), _stage)
 
     cloud = commands.add_parser(
         "local-cloud",
         help="emulators of Cloud Storage and BigQuery",
-        usage="%(prog)s {start,stop,status} --state DIR | %(prog)s --state DIR -- COMMAND…",
+        usage="%(prog)s [start|stop|status] --state DIR [-- COMMAND…]",
     )
     cloud.add_argument("action", nargs="?", choices=("start", "stop", "status"))
     cloud.add_argument("--state", type=pathlib.Path, required=True, metavar="DIR", help="where objects, tables and logs are kept")
@@ -139,10 +140,8 @@ def _add_run_flags(parser: argparse.ArgumentParser, run: Any) -> None:
         kind = kinds[field.name]
         if isinstance(kind, types.UnionType):
             kind = next(option for option in typing.get_args(kind) if option is not type(None))
-        default = "" if field.default in (dataclasses.MISSING, None) else f" (default: {field.default})"
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=field.metadata["help"] + default
-        )
+        text = field.metadata["help"] + ("" if field.default in (dataclasses.MISSING, None) else f" (default: {field.default})")
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=text)
     parser.set_defaults(run=run)
 
 

@@ -84,7 +84,8 @@ def show(ledger: Mapping[str, Any]) -> str:
     return "\n".join(
         (
             f"ledger of {ledger['month']}, run {ledger['run']}",
-            f"  rows     read {counts['read']:,} = ingested {counts['ingested']:,} + rejected {counts['rejected']:,} ({each(ledger['rejected'])})",
+            f"  rows     read {counts['read']:,} = ingested {counts['ingested']:,} + rejected {counts['rejected']:,}",
+            f"           rejected: {each(ledger['rejected'])}",
             f"           ingested {counts['ingested']:,} = scored {counts['scored']:,} = lookup {counts['lookup']:,}",
             f"  images   {counts['images']:,} delivered, {counts['images fetched']:,} fetched, {counts['images decoded']:,} decoded, "
             f"{counts['creatives embedded']:,} embedded",

@@ -222,9 +222,7 @@ def _of(stage: str) -> Callable[[MonthRun], str]:
 STAGES = (
     Stage("ingest", "CSV files to checked rows, and rejects", _complete(_of("rows")), _ingest, _tell_ingest),
     Stage("creatives", "look at new images: content, thumbnail, faults", _complete(_of("creatives")), _creatives, _tell_creatives),
-    Stage(
-        "encoder", "train the encoder, if there is none to go on with", _complete(_encoder_folder), _encoder, _tell_model(_encoder_folder)
-    ),
+    Stage("encoder", "train the encoder, if there is none", _complete(_encoder_folder), _encoder, _tell_model(_encoder_folder)),
     Stage("embed", "thumbnails to embeddings, each once", _embed_is_complete, _embed, _tell_embed),
     Stage("train", "train or refresh the ranker", _complete(_ranker_folder), _train, _tell_model(_ranker_folder)),
     Stage("evaluate", "judge the candidate on gate rows", _complete(_of("evaluation")), _evaluate, _tell_evaluate),
