@@ -52,7 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # TensorFlow's own chatter about drivers and instructions; what goes wrong is raised all the same.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    logging.getLogger("adstocrat").setLevel(logging.INFO)
+    # Beam warns so where a package is missing that only its model manager needs.
+    logging.getLogger().handlers[0].addFilter(lambda record: "Resource module is not available" not in str(record.msg))
+    for name in ("adstocrat", "serving"):
+        logging.getLogger(name).setLevel(logging.INFO)
     try:
         return parsed.run(parsed, behind) or 0
     except (ConfigError, ValueError, FileNotFoundError) as error:

@@ -150,7 +150,8 @@ class Folder(Storage):
         start = self._root / prefix
         top = start if start.is_dir() else start.parent
         found = []
-        for folder, _, files in os.walk(top):
+        for folder, folders, files in os.walk(top):
+            folders[:] = [name for name in folders if not name.startswith(".")]
             relative = os.path.relpath(folder, self._root).replace(os.sep, "/")
             found += [file if relative == "." else f"{relative}/{file}" for file in files if not file.startswith(".")]
         return sorted(name for name in found if name.startswith(prefix))

@@ -103,16 +103,7 @@ class Service:
         if table is None:
             return _response(self._unready())
         age = datetime.datetime.now(datetime.UTC) - table.created
-        return JSONResponse(
-            {
-                "month": table.month,
-                "run_id": table.run,
-                "rows": table.rows,
-                "age_days": round(age.total_seconds() / 86400, 2),
-                "model_version": table.model_version,
-                "encoder_version": table.encoder_version,
-            }
-        )
+        return JSONResponse({**_same_for_all(table), "rows": table.rows, "age_days": round(age.total_seconds() / 86400, 2)})
 
     async def _healthz(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -170,7 +161,7 @@ class Service:
     def _serve(self, table: Table) -> None:
         # Runs on the event loop, as `_score` does, so no request is between its lookup and its answer.
         old, self._table = self._table, table
-        self._suffix = b"," + json.dumps({"month": table.month, "run_id": table.run}, separators=(",", ":")).encode()[1:]
+        self._suffix = b"," + json.dumps(_same_for_all(table), separators=(",", ":")).encode()[1:]
         self._failed = None
         if old is not None:
             old.close()
@@ -181,6 +172,11 @@ class Service:
         if message != self._logged:
             logger.log(level, message)
             self._logged = message
+
+
+def _same_for_all(table: Table) -> dict[str, str]:
+    """What is said of every row of a run: kept once, and added to each answer."""
+    return {"month": table.month, "run_id": table.run, "encoder_version": table.encoder_version, "model_version": table.model_version}
 
 
 def _problem(status: int, detail: str) -> Answer:

@@ -48,6 +48,8 @@ ODD_KEYS = [
 ]
 CREATED = "2026-10-03T12:00:00+00:00"
 
+SAME_FOR_ALL = {"month": "2026-10", "run_id": "r1", "encoder_version": "e1", "model_version": "r1"}
+
 
 def row(key: str, p_click: float = 0.0123) -> bytes:
     return json.dumps({"key": key, "p_click": p_click, "score_status": "ok"}, ensure_ascii=False, separators=(",", ":")).encode()
@@ -369,21 +371,24 @@ def test_a_score_is_the_stored_row_with_month_and_run(client: Client, lake: Fold
     eventually(lambda: client("/readyz")[0] == 200)
     status, headers, body = client("/v1/scores/plain")
     assert (status, headers["content-type"]) == (200, "application/json")
-    assert body == b'{"key":"plain","p_click":0.0123,"score_status":"ok","month":"2026-10","run_id":"r1"}'
+    assert (
+        body
+        == b'{"key":"plain","p_click":0.0123,"score_status":"ok","month":"2026-10","run_id":"r1","encoder_version":"e1","model_version":"r1"}'
+    )
     for key in ODD_KEYS:
         status, _, body = client("/v1/scores/" + quote(key, safe=""))
-        assert (status, json.loads(body)) == (200, {**json.loads(row(key)), "month": "2026-10", "run_id": "r1"})
+        assert (status, json.loads(body)) == (200, {**json.loads(row(key)), **SAME_FOR_ALL})
     assert client("/v1/scores/a/b//c")[0] == 200  # Slashes may stay as they are,
     assert client("/v1/scores/a+b?x=1")[0] == 200  # a plus is a plus, and a query is no part of the key.
 
     status, headers, body = client("/v1/scores/plain", "HEAD")
-    assert (status, headers["content-length"], body) == (200, "84", b"")
+    assert (status, headers["content-length"], body) == (200, "128", b"")
     assert json.loads(client("/healthz")[2]) == {"status": "ok"}
     assert json.loads(client("/readyz")[2]) == {"status": "ready"}
     values = json.loads(client("/v1/status")[2])
     age = (datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(CREATED)).total_seconds() / 86400
     assert values.pop("age_days") == pytest.approx(age, abs=0.02)
-    assert values == {"month": "2026-10", "run_id": "r1", "rows": 13, "model_version": "r1", "encoder_version": "e1"}
+    assert values == {**SAME_FOR_ALL, "rows": 13}
 
 
 def test_what_is_wrong_with_a_request_is_told_as_problem_details(client: Client, lake: Folder, tmp_path: pathlib.Path) -> None:
