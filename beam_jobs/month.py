@@ -115,14 +115,11 @@ def _encoder(run: MonthRun, flags: Flags) -> None:
 def _tell_model(folder: Callable[[MonthRun], str]) -> Callable[[MonthRun], tuple[str, int]]:
     def tell(run: MonthRun) -> tuple[str, int]:
         info = run.manifest(folder(run), "train").info
-        told = ", ".join(f"{name} {_short(value)}" for name, value in info["training"].items() if not isinstance(value, list | dict))
-        return f"{info['kind']} {info['version']}: {told}", info["training"]["rows"]
+        training = info["training"]
+        learnt = f"{training['rows']:,} rows, {training['clicks']:,.0f} clicks, {training['epochs']} epochs"
+        return f"{info['kind']} {info['version']}, {training['mode']}, {learnt}, tune loss {training['tune_loss']:.5f}", training["rows"]
 
     return tell
-
-
-def _short(value: Any) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _embed(run: MonthRun, flags: Flags) -> None:

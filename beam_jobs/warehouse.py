@@ -15,6 +15,15 @@ _STAGING_HOURS = 24
 _SHOWN = 3
 
 
+def connect(project: str, location: str) -> Any:
+    """A BigQuery client; it needs no credentials where an emulator is named in the environment."""
+    from google.auth.credentials import AnonymousCredentials
+    from google.cloud import bigquery
+
+    credentials = AnonymousCredentials() if os.environ.get("BIGQUERY_EMULATOR_HOST") else None
+    return bigquery.Client(project, credentials, location=location)
+
+
 class Warehouse:
     """One dataset, as a run publishes to it.
 
@@ -27,12 +36,7 @@ class Warehouse:
         from google.cloud import bigquery
 
         self._run, self._dataset, self._bigquery = run, dataset, bigquery
-        options: dict[str, Any] = {"project": dataset.partition(".")[0], "location": run.config.bigquery_location}
-        if os.environ.get("BIGQUERY_EMULATOR_HOST"):
-            from google.auth.credentials import AnonymousCredentials
-
-            options["credentials"] = AnonymousCredentials()
-        self._client = bigquery.Client(**options)
+        self._client = connect(dataset.partition(".")[0], run.config.bigquery_location)
         self.table = f"{dataset}.scores"
         self.staging = f"{dataset}.scores_staging_{run.id}"
 
@@ -103,7 +107,7 @@ class Warehouse:
 
     def _query(self, text: str, stage: str = "audit") -> list[dict[str, Any]]:
         config = self._bigquery.QueryJobConfig(labels=self._labels(stage), maximum_bytes_billed=self._run.config.max_bytes_billed)
-        job = self._client.query(text, job_id=self._job_id(stage), job_config=config)
+        job = self._client.query(text, job_id=self._job_id(stage), job_retry=None, job_config=config)
         return [dict(row) for row in job.result()]
 
     def _job_id(self, stage: str) -> str:

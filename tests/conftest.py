@@ -1,0 +1,34 @@
+"""Fixtures that several test modules share."""
+
+import os
+import pathlib
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+
+from beam_jobs import local_cloud
+from schemas import storage
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Where every test must run, a skipped one fails the session."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("ADSTOCRAT_NO_SKIPS") and reporter and reporter.stats.get("skipped") and session.exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(scope="session")
+def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A local cloud with the bucket `gs://adstocrat`, and this process's environment pointing at it; its state folder is new and empty."""
+    state: pathlib.Path = tmp_path_factory.mktemp("cloud")
+    try:
+        environment = local_cloud.start(state, tied=True)
+        # The client is made once a process, for whatever the environment named then.
+        storage._client.cache_clear()
+        with mock.patch.dict(os.environ, environment):
+            yield environment
+    finally:
+        storage._client.cache_clear()
+        local_cloud.stop(state)
