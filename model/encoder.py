@@ -1,0 +1,122 @@
+"""The encoder: a thumbnail becomes an embedding that is about clicks.
+
+A small convolutional network whose last hidden layer, and the log-odds it predicts from that layer, are the embedding, each coordinate
+standardised over the creatives it was trained on. Scaling is inside the model, so it takes the bytes of a thumbnail as they are.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+THUMBNAIL_SIZE = 64
+EMBEDDING_WIDTH = 32
+_BATCH = 256
+_SHIFT = 3
+
+
+def build(dropout: float = 0.1) -> Any:
+    """The untrained network: uint8 (n, 64, 64, 3) -> {"logit": float32 (n, 1), "embedding": float32 (n, EMBEDDING_WIDTH)}.
+
+    `logit` is the effect of the image on the log-odds of a click; the embedding's last coordinate is the same, standardised.
+    """
+    import keras
+
+    layers = keras.layers
+    pixels = keras.Input((THUMBNAIL_SIZE, THUMBNAIL_SIZE, 3), dtype="uint8", name="thumbnail")
+    x = layers.Rescaling(1 / 127.5, -1)(pixels)
+    # At half the resolution strokes and eyes are still there; batch normalisation makes training several times faster.
+    for number, (filters, size, strides) in enumerate(((16, 5, 2), (32, 3, 1), (48, 3, 1), (64, 3, 1))):
+        if number > 1:
+            x = layers.MaxPool2D()(x)
+        x = layers.Conv2D(filters, size, strides, padding="same", use_bias=False, kernel_initializer="he_normal")(x)
+        x = layers.Activation("relu")(layers.BatchNormalization(momentum=0.98)(x))
+    # The mean says how much of something there is (clutter, text), the maximum whether it is there at all (a face, a button).
+    x = layers.Concatenate()([layers.GlobalAveragePooling2D()(x), layers.GlobalMaxPooling2D()(x)])
+    x = layers.Dropout(dropout)(x)
+    hidden = layers.Dense(EMBEDDING_WIDTH - 1, activation="gelu", name="hidden")(x)
+    logit = layers.Dense(1, kernel_initializer="zeros", name="logit")(layers.Dropout(dropout)(hidden))
+    # Never trained: `standardise` sets its mean and variance.
+    scale = layers.BatchNormalization(center=False, scale=False, trainable=False, name="standardise")
+    return keras.Model({"thumbnail": pixels}, {"logit": logit, "embedding": scale(layers.Concatenate()([hidden, logit]))}, name="encoder")
+
+
+def standardise(model: Any, embeddings: np.ndarray) -> None:
+    """Set the model's last layer so that these of its embeddings, float32 (n, EMBEDDING_WIDTH), would have mean 0 and variance 1."""
+    layer = model.get_layer("standardise")
+    mean, variance = (np.asarray(w) for w in layer.get_weights())
+    raw = embeddings * np.sqrt(variance + layer.epsilon) + mean
+    # A coordinate that hardly varies is left small rather than blown up.
+    layer.set_weights([raw.mean(axis=0), np.maximum(raw.var(axis=0), 1e-4)])
+
+
+def augmented(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The thumbnails, uint8 (n, 64, 64, 3), shifted by a few pixels each, and every second one mirrored."""
+    rows, side = len(pixels), THUMBNAIL_SIZE
+    mirrored = np.where(rng.random((rows, 1, 1, 1)) < 0.5, pixels[:, :, ::-1], pixels)
+    padded = np.pad(mirrored, ((0, 0), (_SHIFT, _SHIFT), (_SHIFT, _SHIFT), (0, 0)), mode="edge")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (side, side), axis=(1, 2))
+    down, right = rng.integers(0, 2 * _SHIFT + 1, (2, rows))
+    return np.ascontiguousarray(windows[np.arange(rows), down, right].transpose(0, 2, 3, 1))
+
+
+def load_saved(folder: pathlib.Path | str, kind: str) -> tuple[dict[str, Any], Any]:
+    """The spec of a model folder and its SavedModel.
+
+    Raises:
+        ValueError: the folder is no model, or one of another kind.
+    """
+    import tensorflow as tf
+
+    folder = pathlib.Path(folder)
+    try:
+        spec = json.loads((folder / "spec.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{str(folder)!r} is no model folder: it has no spec.json; expected what training wrote") from None
+    if spec["kind"] != kind:
+        raise ValueError(f"{str(folder)!r} holds a model of kind {spec['kind']!r}; expected {kind!r}")
+    return spec, tf.saved_model.load(str(folder / "saved_model"))
+
+
+def padded(array: np.ndarray, rows: int) -> np.ndarray:
+    """`array` with zeros behind it up to that many rows."""
+    if len(array) == rows:
+        return array
+    out = np.zeros((rows, *array.shape[1:]), array.dtype)
+    out[: len(array)] = array
+    return out
+
+
+class Encoder:
+    """A trained encoder, ready to run; safe to call from several threads.
+
+    Attributes:
+        spec: what `spec.json` holds.
+        fingerprint: of the contract it was trained under.
+    """
+
+    def __init__(self, spec: dict[str, Any], saved: Any) -> None:
+        self.spec, self._saved = spec, saved
+        self.fingerprint: str = spec["fingerprint"]
+
+    @classmethod
+    def load(cls, folder: pathlib.Path | str) -> "Encoder":
+        """Load a model folder; a local path, since TensorFlow reads nothing else here.
+
+        Raises:
+            ValueError: not the folder of an encoder.
+        """
+        return cls(*load_saved(folder, "encoder"))
+
+    def embed(self, thumbnails: np.ndarray) -> np.ndarray:
+        """Embeddings, float32 (n, EMBEDDING_WIDTH), of thumbnails, uint8 (n, 64, 64, 3)."""
+        expected = (THUMBNAIL_SIZE, THUMBNAIL_SIZE, 3)
+        if thumbnails.dtype != np.uint8 or thumbnails.shape[1:] != expected:
+            raise ValueError(f"thumbnails are {thumbnails.dtype} {thumbnails.shape}; expected uint8 (n, {', '.join(map(str, expected))})")
+        out = np.empty((len(thumbnails), EMBEDDING_WIDTH), np.float32)
+        for start in range(0, len(thumbnails), _BATCH):
+            part = thumbnails[start : start + _BATCH]
+            # Always the same shape, so that nothing is traced or tuned again for the last batch.
+            out[start : start + len(part)] = self._saved.serve({"thumbnail": padded(part, _BATCH)})["embedding"].numpy()[: len(part)]
+        return out

@@ -1,0 +1,103 @@
+"""The ranker: a row and the embedding of its image become the probability of a click.
+
+Deep & Cross Network v2 with low-rank cross layers (Wang et al. 2021, "DCN V2", https://arxiv.org/abs/2008.13535) beside a small deep tower,
+on top of one linear weight for each category. The position only adds to the log-odds, so that a score at the reference
+position is the row's own score moved by what was learnt about positions.
+"""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from model.encoder import load_saved, padded
+from model.features import Features
+
+BATCH = 8192
+_CLIP = 1e-7
+WIDTH, RANK, CROSSES, TOWER = 8, 24, 2, (64, 32)
+# Prior precisions of the weights by a part of their name; the first that fits counts.
+PRECISIONS = {"creative_effect": 12.0, "linear": 8.0, "vectors": 20.0, "position_effect": 1.0, "kernel": 50.0}
+
+
+def build(features: Features, base_rate: float, dropout: float = 0.1) -> Any:
+    """The untrained network: the arrays of `Features.arrays` -> {"logit": float32 (n, 1)}; untrained, it says `base_rate` of any row."""
+    import keras
+
+    layers, initializers = keras.layers, keras.initializers
+    inputs = {
+        name: keras.Input((width,), name=name, dtype="int32" if name in ("categorical", "creative") else "float32")
+        for name, width in features.widths.items()
+    }
+    added = []
+    parts = [inputs[name] for name in ("numeric", "embedding", "has_image") if name in inputs]
+    if "categorical" in inputs:
+        # All columns share one table, each with its own range of rows: one gather instead of one a column.
+        starts = np.cumsum((0, *features.buckets[:-1])).astype(np.int32)
+        ids = keras.ops.add(inputs["categorical"], starts)
+        vectors = layers.Embedding(sum(features.buckets), WIDTH, initializers.RandomNormal(stddev=0.05), name="vectors")(ids)
+        parts.append(layers.Flatten()(vectors))
+        linear = layers.Embedding(sum(features.buckets), 1, "zeros", name="linear")(ids)
+        added.append(keras.ops.sum(linear, axis=1))
+    if "creative" in inputs:
+        own = layers.Embedding(features.creative_buckets, 1, "zeros", name="creative_effect")(inputs["creative"])
+        added.append(layers.Flatten()(own))
+    if "position" in inputs:
+        added.append(layers.Dense(1, use_bias=False, kernel_initializer="zeros", name="position_effect")(inputs["position"]))
+    x0 = layers.Concatenate()(parts) if len(parts) > 1 else parts[0]
+    x = x0
+    for number in range(CROSSES):
+        inner = layers.Dense(RANK, use_bias=False, name=f"cross_{number}_in")(x)
+        x = layers.Add()([layers.Multiply()([x0, layers.Dense(x0.shape[-1], name=f"cross_{number}_out")(inner)]), x])
+    deep = x0
+    for number, units in enumerate(TOWER):
+        deep = layers.Dropout(dropout)(layers.Dense(units, activation="relu", kernel_initializer="he_normal", name=f"deep_{number}")(deep))
+    bias = initializers.Constant(float(np.log(base_rate) - np.log1p(-base_rate)))
+    head = layers.Dense(1, kernel_initializer="zeros", bias_initializer=bias, name="head")
+    logit = layers.Add()([head(layers.Concatenate()([x, deep])), *added]) if added else head(layers.Concatenate()([x, deep]))
+    return keras.Model(inputs, {"logit": logit}, name="ranker")
+
+
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """float64 probabilities strictly between 0 and 1."""
+    return np.clip(1 / (1 + np.exp(-np.clip(logits.astype(np.float64), -40, 40))), _CLIP, 1 - _CLIP)
+
+
+class Ranker:
+    """A trained ranker, ready to run; safe to call from several threads.
+
+    Attributes:
+        spec: what `spec.json` holds.
+        features: how rows become its inputs.
+        fingerprint: of the contract it was trained under; rows of another contract must not be given to it.
+        base_rate: clicks an impression among the rows it was trained on.
+        encoder_version, encoder_digest: the encoder whose embeddings it takes.
+    """
+
+    def __init__(self, spec: dict[str, Any], saved: Any) -> None:
+        self.spec, self._saved = spec, saved
+        self.features = Features.from_json(spec["features"])
+        self.fingerprint: str = spec["fingerprint"]
+        self.base_rate: float = spec["base_rate"]
+        self.encoder_version: str = spec["encoder_version"]
+        self.encoder_digest: str = spec["encoder_digest"]
+
+    @classmethod
+    def load(cls, folder: pathlib.Path | str) -> "Ranker":
+        """Load a model folder; a local path, since TensorFlow reads nothing else here.
+
+        Raises:
+            ValueError: not the folder of a ranker.
+        """
+        return cls(*load_saved(folder, "ranker"))
+
+    def predict(self, batch: pa.RecordBatch, at_reference: bool = True) -> np.ndarray:
+        """Click probabilities of a joined batch, float64 (rows,): at the reference position, or at each row's own."""
+        arrays = self.features.arrays(batch, at_reference)
+        logits = np.empty(len(batch), np.float32)
+        for start in range(0, len(batch), BATCH):
+            part = {name: padded(array[start : start + BATCH], BATCH) for name, array in arrays.items()}
+            rows = min(BATCH, len(batch) - start)
+            logits[start : start + rows] = self._saved.serve(part)["logit"].numpy()[:rows, 0]
+        return probabilities(logits)

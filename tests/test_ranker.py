@@ -1,0 +1,170 @@
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from model import encoder, splits, training
+from model.ranker import BATCH, Ranker
+from schemas.contract import Column, Contract
+
+CONTRACT = Contract(
+    (
+        Column("ad_id", "bytes", frozenset({"key"}), True),
+        Column("campaign", "bytes"),
+        Column("bid", "float"),
+        Column("position", "int", frozenset({"position"})),
+        Column("image", "bytes", frozenset({"image"})),
+        Column("impressions", "int", frozenset({"impressions"})),
+        Column("clicks", "int", frozenset({"clicks"})),
+    )
+)
+ROWS = 12_000
+QUICK = training.Settings(batch=256, epochs=5, max_epochs=5)
+
+
+def joined(flip_gate: bool = False) -> pa.RecordBatch:
+    rng = np.random.default_rng(0)
+    campaign, creative, position = rng.integers(0, 10, ROWS), rng.integers(0, 200, ROWS), rng.integers(1, 5, ROWS)
+    vectors = rng.normal(size=(200, encoder.EMBEDDING_WIDTH)).astype(np.float32)
+    no_image = rng.random(ROWS) < 0.1
+    log_odds = 0.2 * (campaign - 5) + vectors[creative, 0] * ~no_image - 0.5 * position
+    clicks = rng.binomial(10, 1 / (1 + np.exp(-log_odds)))
+    embedding = [None if none else vectors[number] for none, number in zip(no_image, creative, strict=True)]
+    batch = pa.RecordBatch.from_pydict(
+        {
+            "key": [f"k{i}" for i in range(ROWS)],
+            "campaign": [f"c{i}" for i in campaign],
+            "bid": rng.lognormal(size=ROWS),
+            "position": position,
+            "impressions": pa.array(np.full(ROWS, 10), mask=rng.random(ROWS) < 0.1),
+            "creative": pa.array([f"{i:064x}" for i in creative], mask=no_image),
+            "embedding": pa.array(embedding, pa.list_(pa.float32(), encoder.EMBEDDING_WIDTH)),
+        }
+    )
+    if flip_gate:
+        gate = splits.split_of_rows(batch["key"], batch["creative"]) == splits.GATE
+        clicks = np.where(gate, 10 - clicks, clicks)
+    return batch.append_column("clicks", pa.array(clicks))
+
+
+def source(batch: pa.RecordBatch) -> training.Examples:
+    return lambda epoch: iter([batch.slice(0, 5000), batch.slice(5000)])
+
+
+def train(
+    folder: pathlib.Path, batch: pa.RecordBatch, seed: int = 3, digest: str = "d", parent: pathlib.Path | None = None
+) -> dict[str, Any]:
+    return training.train_ranker(source(batch), CONTRACT, seed, folder, "v1", digest, parent, lambda line: None, QUICK)
+
+
+def weights(folder: pathlib.Path) -> list[np.ndarray]:
+    import keras
+
+    return keras.models.load_model(folder / "model.keras", compile=False).get_weights()
+
+
+@pytest.fixture(scope="module")
+def batch() -> pa.RecordBatch:
+    return joined()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, batch: pa.RecordBatch) -> tuple[pathlib.Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranker")
+    return folder, train(folder, batch)
+
+
+@pytest.fixture(scope="module")
+def loaded(trained: tuple[pathlib.Path, dict[str, Any]]) -> Ranker:
+    return Ranker.load(trained[0])
+
+
+def test_learns_columns_image_and_position(loaded: Ranker, batch: pa.RecordBatch) -> None:
+    p = loaded.predict(batch)
+    assert p.dtype == np.float64 and p.shape == (ROWS,) and p.min() > 0 and p.max() < 1
+    vectors = loaded.features.arrays(batch, True)["embedding"]
+    with_image = vectors.any(axis=1)
+    log_odds = np.log(p / (1 - p))
+    assert np.corrcoef(log_odds[with_image], vectors[with_image, 0])[0, 1] > 0.7
+    own = loaded.predict(batch, at_reference=False)
+    fourth = batch["position"].to_numpy() == 4
+    shift = np.log(own / (1 - own)) - log_odds
+    assert -2.0 < shift[fourth].mean() < -1.0
+    assert np.abs(shift[batch["position"].to_numpy() == 1]).max() < 1e-5
+
+
+def test_outcomes_and_positions_do_not_change_scores(loaded: Ranker, batch: pa.RecordBatch) -> None:
+    bare = batch.drop_columns(["clicks", "impressions"])
+    moved = bare.set_column(bare.schema.get_field_index("position"), "position", pa.array(np.full(ROWS, 4)))
+    np.testing.assert_array_equal(loaded.predict(moved), loaded.predict(batch))
+
+
+@pytest.mark.parametrize("size", [1, 999, BATCH, BATCH + 1])
+def test_scores_are_the_same_in_any_batch(loaded: Ranker, batch: pa.RecordBatch, size: int) -> None:
+    few = batch.slice(100, 20) if size == 1 else batch
+    parts = [loaded.predict(few.slice(start, size)) for start in range(0, len(few), size)]
+    np.testing.assert_allclose(np.concatenate(parts), loaded.predict(few), rtol=1e-6)
+
+
+def test_padding_does_not_show(trained: tuple[pathlib.Path, dict[str, Any]], loaded: Ranker, batch: pa.RecordBatch) -> None:
+    import tensorflow as tf
+
+    few = batch.slice(0, 100)
+    saved = tf.saved_model.load(str(trained[0] / "saved_model"))
+    logits = saved.serve(loaded.features.arrays(few, True))["logit"].numpy()[:, 0]
+    np.testing.assert_allclose(1 / (1 + np.exp(-logits.astype(np.float64))), loaded.predict(few), rtol=1e-6)
+    assert loaded.predict(batch.slice(0, 0)).shape == (0,)
+
+
+def test_scores_without_images(loaded: Ranker, batch: pa.RecordBatch) -> None:
+    bare = batch.drop_columns(["embedding"])
+    bare = bare.set_column(bare.schema.get_field_index("creative"), "creative", pa.nulls(ROWS, pa.string()))
+    p = loaded.predict(bare)
+    assert np.isfinite(p).all() and 0.5 < p.mean() / loaded.predict(batch).mean() < 1.5
+
+
+def test_what_a_folder_says(trained: tuple[pathlib.Path, dict[str, Any]], loaded: Ranker, batch: pa.RecordBatch) -> None:
+    summary = trained[1]
+    assert summary["mode"] == "scratch" and 0 < summary["rows"] < 0.9 * ROWS
+    assert loaded.base_rate == pytest.approx(summary["clicks"] / summary["impressions"])
+    assert (loaded.encoder_version, loaded.encoder_digest) == ("v1", "d")
+    assert loaded.fingerprint == CONTRACT.fingerprint
+
+
+def test_repeat_is_bit_equal_and_gate_outcomes_never_matter(trained: tuple[pathlib.Path, dict[str, Any]], tmp_path: pathlib.Path) -> None:
+    train(tmp_path / "again", joined(flip_gate=True))
+    train(tmp_path / "other", joined(), seed=4)
+    first, again, other = weights(trained[0]), weights(tmp_path / "again"), weights(tmp_path / "other")
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert any((a != b).any() for a, b in zip(first, other, strict=True))
+
+
+def test_refresh_starts_from_the_parent(
+    trained: tuple[pathlib.Path, dict[str, Any]], tmp_path: pathlib.Path, batch: pa.RecordBatch
+) -> None:
+    parent = tmp_path / "parent"
+    shutil.copytree(trained[0], parent)
+    summary = train(tmp_path / "refreshed", batch.slice(0, 6000), parent=parent)
+    assert summary["mode"] == "refresh" and summary["epochs"] <= QUICK.refresh_epochs
+    refreshed = Ranker.load(tmp_path / "refreshed")
+    assert refreshed.features == Ranker.load(parent).features
+    old = Ranker.load(parent).predict(batch)
+    assert 0 < np.abs(np.log(refreshed.predict(batch) / old)).mean() < 0.5
+
+
+def test_another_encoders_parent_is_left_aside(
+    trained: tuple[pathlib.Path, dict[str, Any]], tmp_path: pathlib.Path, batch: pa.RecordBatch
+) -> None:
+    assert train(tmp_path, batch, digest="another", parent=trained[0])["mode"] == "scratch"
+
+
+def test_errors(trained: tuple[pathlib.Path, dict[str, Any]], tmp_path: pathlib.Path, batch: pa.RecordBatch) -> None:
+    unlabelled = batch.set_column(batch.schema.get_field_index("clicks"), "clicks", pa.nulls(ROWS, pa.int64()))
+    with pytest.raises(ValueError, match=r"0 clicks in 0 impressions of 0 labelled rows .* expected at least one click"):
+        train(tmp_path, unlabelled)
+    with pytest.raises(ValueError, match="kind 'ranker'; expected 'encoder'"):
+        encoder.Encoder.load(trained[0])
