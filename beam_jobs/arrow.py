@@ -8,7 +8,6 @@ import dataclasses
 import io
 import pathlib
 import tempfile
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -213,11 +212,6 @@ def read_unit(storage: Storage, unit: Unit) -> Iterator[pa.RecordBatch]:
             yield from reader
 
 
-def spill_folder(folder: str) -> str:
-    """A folder of this launch's own for spill files, so that two launches of one run never touch each other's."""
-    return f"{folder}/spill-{uuid.uuid4().hex[:12]}"
-
-
 @dataclasses.dataclass(eq=False)
 class CommitStage(beam.PTransform):
     """End of every stage: PCollection[Receipt] → its manifest, exactly one receipt a unit, created once in the lake.
@@ -238,7 +232,7 @@ class CommitStage(beam.PTransform):
             receipts
             | "KeyByUnit" >> beam.Map(lambda receipt: (receipt.unit, receipt)).with_output_types(tuple[str, Receipt])
             | "GroupByUnit" >> beam.GroupByKey()
-            | "OneReceiptEach" >> beam.MapTuple(lambda unit, receipts: lake.one_receipt_each(list(receipts)))
+            | "OneReceiptEach" >> beam.MapTuple(lambda unit, receipts: lake.one_receipt_each(list(receipts))).with_output_types(Receipt)
             | "Collect" >> beam.combiners.ToList()
             | "CreateManifest" >> beam.Map(self._commit)
         )

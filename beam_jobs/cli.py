@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import logging
-import os
 import pathlib
 import sys
 import types
@@ -49,8 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         command = commands.choices[parsed.command]
         command.error(f"unknown flag or argument {unknown[0]!r}{suggestion(unknown[0].partition('=')[0], command.known_flags())}")
-    # TensorFlow's own chatter about drivers and instructions; what goes wrong is raised all the same.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     # Beam warns so where a package is missing that only its model manager needs.
     logging.getLogger().handlers[0].addFilter(lambda record: "Resource module is not available" not in str(record.msg))

@@ -38,6 +38,10 @@ class Config:
                 raise ConfigError(f"{name} is {value!r}; expected a whole number of at least {least}")
         if not self.lake or not isinstance(self.lake, str):
             raise ConfigError(f"lake is {self.lake!r}; expected gs://bucket[/prefix] or a folder, as --lake or in the config file")
+        for name in ("dataset", "contract", "bigquery_location"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name == "bigquery_location"):
+                raise ConfigError(f"{name} is {value!r}; expected text")
         if self.dataset is not None and self.dataset.count(".") != 1:
             raise ConfigError(f"dataset is {self.dataset!r}; expected PROJECT.DATASET, such as my-project.ads")
         if self.dataset is not None and not self.lake.startswith("gs://"):

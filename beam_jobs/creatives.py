@@ -29,7 +29,6 @@ from beam_jobs.arrow import (
     pair_shards,
     read_table,
     shards_for,
-    spill_folder,
 )
 from beam_jobs.ingest import shard_of_image
 from beam_jobs.join import INDEX
@@ -80,7 +79,6 @@ def pack_files(storage: Storage) -> list[str]:
 
 
 def _paired(root: beam.Pipeline, run: MonthRun, listing: list[str], known: list[str], shards: int, assign: Any) -> beam.PCollection:
-    spill = spill_folder(run.stage("creatives"))
     sides = []
     for label, files, columns in (("Listing", listing, LISTING.names), ("Known", known, FILES.names)):
         sides.append(
@@ -88,7 +86,7 @@ def _paired(root: beam.Pipeline, run: MonthRun, listing: list[str], known: list[
             | f"{label}Files" >> beam.Create(files, reshuffle=False)
             | f"Spread{label}" >> beam.Reshuffle()
             | f"Read{label}" >> beam.FlatMap(functools.partial(_read, run.storage, columns=columns)).with_output_types(pa.RecordBatch)
-            | f"Shard{label}" >> Repartition(run.storage, spill, shards, assign, unit_rows=None)
+            | f"Shard{label}" >> Repartition(run.storage, run.spill, shards, assign, unit_rows=None)
         )
     return pair_shards(sides[0], sides[1])
 
@@ -113,7 +111,9 @@ def _joined(table: Any, *names: str) -> Any:
 def write_pack(pair: ShardPair, run: MonthRun, units: int) -> Receipt:
     """Look at a unit's new images and write them as a pack."""
     started = time.monotonic()
-    listing, known = read_table(run.storage, pair.left, LISTING), read_table(run.storage, pair.right, FILES)
+    listing, looked = read_table(run.storage, pair.left, LISTING), read_table(run.storage, pair.right, FILES)
+    # An image that was gone when it was to be looked at was not looked at: it may be delivered again.
+    known = looked.filter(looked["creative"].is_valid())
     counts = Counter[str]()
     seen = pc.is_in(_joined(listing, *LISTING.names), _joined(known, *LISTING.names).combine_chunks())
     new = listing.filter(pc.invert(seen)).sort_by([("size", "ascending"), ("crc32c", "ascending"), ("image", "ascending")])
@@ -125,8 +125,9 @@ def write_pack(pair: ShardPair, run: MonthRun, units: int) -> Receipt:
         looks = pool.map(lambda group: _look_at(run, group, contents.get((group[0]["size"], group[0]["crc32c"]), {})), groups)
         rows = [row for rows in looks for row in rows]
     for row in rows:
-        counts["fetched"] += row["image_status"] != images.MISSING
-        counts["bytes"] += row["size"]
+        fetched = row["image_status"] != images.MISSING
+        counts["fetched"] += fetched
+        counts["bytes"] += row["size"] * fetched
         counts["decoded"] += row["thumbnail"] is not None
     receipt = write_parquet(run.storage, run.stage("creatives") + "/packs", f"pack/{pair.shard:05d}", _batches(rows), counts)
     if rows:
@@ -163,7 +164,8 @@ def _batches(rows: list[dict[str, Any]]) -> Iterable[pa.RecordBatch]:
 
 def write_index(pair: ShardPair, storage: Storage, folder: str) -> Receipt:
     """The creative and status of every image name of a shard, sorted by name."""
-    listing, looked = read_table(storage, pair.left, LISTING), read_table(storage, pair.right, FILES)
+    # By creative, nulls last: the first that is found of a name is one that was there, if ever it was.
+    listing, looked = read_table(storage, pair.left, LISTING), read_table(storage, pair.right, FILES).sort_by("creative")
     where = pc.index_in(_joined(listing, *LISTING.names), _joined(looked, *LISTING.names).combine_chunks())
     found = looked.select(["creative", "image_status"]).take(where)
     usable = pc.equal(found["image_status"], images.OK)

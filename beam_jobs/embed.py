@@ -24,7 +24,6 @@ from beam_jobs.arrow import (
     pair_shards,
     read_table,
     read_unit,
-    spill_folder,
 )
 from beam_jobs.creatives import pack_files
 from beam_jobs.inference import EncoderHandler, Named
@@ -61,7 +60,7 @@ def define_gather_pipeline(root: beam.Pipeline, run: MonthRun, encoder: str, mon
     """The creatives of a month's images, and all embeddings → the embeddings that each shard of its rows needs."""
     folder, storage = embeddings_folder(encoder, month, id), run.storage
     index = run.manifest(lake.stage_folder("creatives", month, id), "creatives")
-    shards, spill = index.info["shards"], spill_folder(folder)
+    shards, spill = index.info["shards"], run.spill
     by_creative = functools.partial(_shard_of_creative, shards=shards)
     wanted = (
         root

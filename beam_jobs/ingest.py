@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from apache_beam import pvalue
 
-from beam_jobs.arrow import CommitStage, Repartition, Unit, read_unit, shards_for, spill_folder
+from beam_jobs.arrow import CommitStage, Repartition, Unit, read_unit, shards_for
 from beam_jobs.run import MonthRun
 from schemas.hashing import hash64_column, salted
 from schemas.lake import Receipt
@@ -42,7 +42,7 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun) -> None:
     )
     written = (
         read.rows
-        | "ShardByImage" >> Repartition(run.storage, spill_folder(folder), shards, assign)
+        | "ShardByImage" >> Repartition(run.storage(folder), shards, assign)
         | "SpreadShards" >> beam.Reshuffle()
         | "WriteRows" >> beam.Map(write_rows, run.storage, folder).with_output_types(Receipt)
     )

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_jobs.arrow import UNIT_ROWS, CommitStage, Repartition, Unit, read_unit, shards_for, spill_folder
+from beam_jobs.arrow import UNIT_ROWS, CommitStage, Repartition, Unit, read_unit, shards_for
 from beam_jobs.run import MonthRun
 from schemas import lake
 from schemas.hashing import hash64_column, salted
@@ -46,8 +46,7 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun, scores: Manifest) -> Non
         | "Scores" >> beam.Create(scores.files)
         | "SpreadScores" >> beam.Reshuffle()
         | "ReadScores" >> beam.FlatMap(functools.partial(read_scores, run.storage)).with_output_types(pa.RecordBatch)
-        | "ShardByKey"
-        >> Repartition(run.storage, spill_folder(folder), shards, functools.partial(shard_of_key, shards=shards), unit_rows=None)
+        | "ShardByKey" >> Repartition(run.storage(folder), shards, functools.partial(shard_of_key, shards=shards), unit_rows=None)
         | "SpreadShards" >> beam.Reshuffle()
         | "WriteShard" >> beam.Map(write_shard, run.storage, folder, shards).with_output_types(Receipt)
         | "CommitLookup" >> CommitStage(run.storage, folder, store.STAGE, info)

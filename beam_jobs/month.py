@@ -60,11 +60,14 @@ def _complete(folder: Callable[[MonthRun], str]) -> Callable[[MonthRun], bool]:
     return lambda run: lake.read_manifest(run.storage, folder(run)) is not None
 
 
-def _pipeline(define: Any, flags: Flags, *arguments: Any) -> None:
-    """Launch one pipeline and wait for it."""
+def _pipeline(define: Any, flags: Flags, run: MonthRun, *arguments: Any) -> None:
+    """Launch one pipeline, wait for it, and remove what it spilled."""
     from beam_jobs.runner import run_pipeline
 
-    run_pipeline(lambda root: define(root, *arguments), flags)
+    try:
+        run_pipeline(lambda root: define(root, run, *arguments), flags)
+    finally:
+        run.storage.delete(f"{run.spill}/")
 
 
 # Each stage imports its own job, so that a month in which nothing is to do imports neither Beam nor TensorFlow.

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import pathlib
+import uuid
 from typing import Any
 
 import pyarrow as pa
@@ -46,6 +47,7 @@ class MonthRun:
         earlier: (month, run) of the window's months before this one that are published, oldest first.
         champion: the pair to refresh from and to compare with; None for a first model.
         ads: the month's CSV files.
+        launch: unique to this launch of the run; no part of what it is.
     """
 
     storage: Storage
@@ -56,6 +58,7 @@ class MonthRun:
     earlier: tuple[tuple[str, str], ...]
     champion: Champion | None
     ads: tuple[Entry, ...]
+    launch: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex[:12], compare=False)
 
     @property
     def folder(self) -> str:
@@ -75,6 +78,11 @@ class MonthRun:
     def encoder(self) -> str:
         """The encoder of the run's models: the champion's, or one of its own."""
         return self.champion.encoder if self.champion else self.version
+
+    @property
+    def spill(self) -> str:
+        """Where this launch spills what it brings together; two launches of one run never touch each other's."""
+        return f"spill/{self.launch}"
 
     def stage(self, stage: str) -> str:
         return lake.stage_folder(stage, self.month, self.id)

@@ -41,7 +41,8 @@ def checked_options(flags: Sequence[str]) -> PipelineOptions:
     if unknown:
         names = [name for action in parser._actions for name in action.option_strings]
         raise ConfigError(f"unknown Beam flag {unknown[0]!r}{suggestion(unknown[0].partition('=')[0], names)}")
-    if (known.direct_num_workers or 1) > 1:
+    # 0 is as many as there are cores.
+    if known.direct_num_workers not in (None, 1):
         raise ConfigError(f"--direct_num_workers={known.direct_num_workers} is refused: {_SEVERAL_WORKERS}")
     if any(flag.startswith("--direct_running_mode") for flag in flags) and known.direct_running_mode != "in_memory":
         raise ConfigError(f"--direct_running_mode={known.direct_running_mode} is refused: {_SEVERAL_WORKERS}")

@@ -36,8 +36,9 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun, train: Callable[[MonthRu
 
 def train_encoder(run: MonthRun) -> Manifest:
     """Train the encoder on the window's creatives, and commit it."""
-    from model import training
+    from model import tensorflow, training
 
+    tensorflow.load()
     with registry.local_folder() as folder:
         summary = _or_stage_error(
             run,
@@ -55,8 +56,9 @@ def train_encoder(run: MonthRun) -> Manifest:
 
 def train_ranker(run: MonthRun) -> Manifest:
     """Train or refresh the ranker on the window's rows, and commit it."""
-    from model import training
+    from model import tensorflow, training
 
+    tensorflow.load()
     encoder = run.encoder
     digest = registry.manifest(run.storage, "encoder", encoder).info["digest"]
     with registry.local_folder() as folder, registry.local_folder() as parent:

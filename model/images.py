@@ -67,6 +67,9 @@ def _squeezed(image: Image.Image) -> np.ndarray:
     # A JPEG decodes at a fraction of its size for a fraction of the work.
     image.draft("RGB", (2 * THUMBNAIL_SIZE, 2 * THUMBNAIL_SIZE))
     picture = ImageOps.exif_transpose(image)
+    if picture.mode.startswith("I;16"):
+        # Pillow would clip 16 bits to 8, which leaves little but white.
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")

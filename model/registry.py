@@ -48,7 +48,10 @@ def fetch(storage: Storage, kind: str, version: str, folder: pathlib.Path) -> Ma
     found = manifest(storage, kind, version)
     digest = hashlib.sha256()
     for receipt in sorted(found.receipts, key=lambda receipt: pathlib.PurePosixPath(receipt.unit)):
-        data = storage.read(receipt.file)
+        try:
+            data = storage.read(receipt.file)
+        except FileNotFoundError:
+            raise ModelError(f"{kind} {version!r} is damaged: its file {receipt.file} is gone") from None
         digest.update(f"{receipt.unit}\0{hashlib.sha256(data).hexdigest()}\n".encode())
         path = folder / receipt.unit
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,9 +67,11 @@ def load(storage: Storage, kind: str, version: str) -> Any:
     Raises:
         ModelError: no such model, or its files are not those that were saved.
     """
+    from model import tensorflow
     from model.encoder import Encoder
     from model.ranker import Ranker
 
+    tensorflow.load()
     with local_folder() as folder:
         fetch(storage, kind, version, pathlib.Path(folder))
         return Encoder.load(folder) if kind == "encoder" else Ranker.load(folder)

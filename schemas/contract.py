@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 DEFAULT = pathlib.Path(__file__).with_name("ads.pbtxt")
 TAGS = ("key", "image", "clicked", "clicks", "impressions", "position", "segment", "categorical", "ignore")
 OUTCOMES = ("clicked", "clicks", "impressions")
-# What Adstocrat itself adds to rows and scores; a contract's key and segment columns stand beside them and must not collide.
-RESERVED = frozenset(("month", "key", "p_click", "creative", "image_status", "score_status", "encoder_version", "model_version", "run_id"))
+# What Adstocrat itself adds to rows, beside all columns, and to scores, beside a contract's key and segment columns; none must collide.
+ADDED_TO_ROWS = frozenset(("key", "creative", "image_status", "embedding"))
+RESERVED = ADDED_TO_ROWS | {"month", "p_click", "score_status", "encoder_version", "model_version", "run_id"}
 
 
 class ContractError(ValueError):
@@ -86,6 +87,10 @@ class Contract:
         for column in self.columns:
             for tag in column.tags - set(TAGS):
                 raise ContractError(f"contract column {column.name!r} has the tag {tag!r}; expected one of {', '.join(TAGS)}")
+            if "ignore" in column.tags and (roles := column.tags - {"ignore", "categorical"}):
+                raise ContractError(f"contract column {column.name!r} is tagged 'ignore' and {', '.join(sorted(roles))}; keep one of them")
+            if column.kind == "bytes" and (column.minimum, column.maximum) != (None, None):
+                raise ContractError(f"contract column {column.name!r} is of type BYTES and has bounds; make it INT or FLOAT, or drop them")
         for tag in ("image", *OUTCOMES, "position"):
             tagged = [column.name for column in self._tagged(tag)]
             if len(tagged) > 1:
@@ -101,10 +106,11 @@ class Contract:
             raise ContractError(f"contract column {self.position.name!r} is a position of type BYTES; expected INT or FLOAT")
         if self.image and self.image.kind != "bytes":
             raise ContractError(f"contract column {self.image.name!r} is an image of type {self.image.kind!r}; expected BYTES")
-        for column in (*self.key, *self.segments):
-            if column.name.lower() in RESERVED:
+        for column in self.kept:
+            reserved = RESERVED if column in self.carried else ADDED_TO_ROWS
+            if column.name.lower() in reserved:
                 raise ContractError(
-                    f"contract column {column.name!r} has a reserved name ({', '.join(sorted(RESERVED))}); rename it in the export"
+                    f"contract column {column.name!r} has a reserved name ({', '.join(sorted(reserved))}); rename it in the export"
                 )
 
     def _tagged(self, tag: str) -> tuple[Column, ...]:
@@ -209,7 +215,7 @@ def dumps(contract: Contract) -> str:
                 setattr(domain, bound, int(value) if column.kind == "int" else value)
         feature.annotation.tag.extend(tag for tag in TAGS if tag in column.tags)
         if "position" in column.tags:
-            feature.annotation.tag.append(f"reference:{column.reference:g}")
+            feature.annotation.tag.append(f"reference:{column.reference!r}")
     return text_format.MessageToString(schema)
 
 
@@ -259,12 +265,13 @@ def infer(files: Sequence[str], roles: dict[str, Sequence[str]]) -> Contract:
         try:
             with csv.open_csv(file, read_options=csv.ReadOptions(use_threads=False)) as peek:
                 names = peek.schema.names
+            kinds.update((name, None) for name in names if name not in kinds)
             options = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, null_values=[""])
             with csv.open_csv(file, parse_options=csv.ParseOptions(newlines_in_values=True), convert_options=options) as reader:
                 for batch in reader:
                     for name, column in zip(batch.schema.names, batch.columns, strict=True):
                         kinds[name] = _widen(kinds.get(name), column, pa, pc)
-        except (FileNotFoundError, pa.ArrowInvalid) as error:
+        except (OSError, pa.ArrowInvalid) as error:
             raise ContractError(f"{file!r} cannot be read as CSV: {error}") from None
     for tag, columns in roles.items():
         for name in columns:
@@ -273,8 +280,13 @@ def infer(files: Sequence[str], roles: dict[str, Sequence[str]]) -> Contract:
     drafted = []
     for name, kind in kinds.items():
         tags = frozenset(tag for tag, columns in roles.items() if name in columns)
-        # Image names are text even where they look like numbers, and so is a column without a value.
-        drafted.append(Column(name, "bytes" if "image" in tags else kind or "bytes", tags, required="key" in tags))
+        if tags & {"key", "image"}:
+            drawn = "bytes"  # Names are text even where they look like numbers: the keys 7 and 007 are two ads.
+        elif tags & {*OUTCOMES, "position"}:
+            drawn = kind or "int"
+        else:
+            drawn = kind or "bytes"
+        drafted.append(Column(name, drawn, tags, required="key" in tags))
     return Contract(tuple(drafted))
 
 

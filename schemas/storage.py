@@ -147,8 +147,7 @@ class Folder(Storage):
         return pathlib.Path(self.uri)
 
     def names(self, prefix: str) -> list[str]:
-        start = self._root / prefix
-        top = start if start.is_dir() else start.parent
+        top = self._root / prefix.rpartition("/")[0]
         found = []
         for folder, folders, files in os.walk(top):
             folders[:] = [name for name in folders if not name.startswith(".")]
@@ -234,6 +233,8 @@ class Folder(Storage):
     def delete(self, prefix: str) -> None:
         for name in self.names(prefix):
             (self._root / name).unlink(missing_ok=True)
+        if prefix.endswith("/"):
+            shutil.rmtree(self._root / prefix, ignore_errors=True)
 
     def url(self, name: str) -> str:
         return str(self._root / name)
