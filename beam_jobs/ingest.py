@@ -42,7 +42,7 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun) -> None:
     )
     written = (
         read.rows
-        | "ShardByImage" >> Repartition(run.storage(folder), shards, assign)
+        | "ShardByImage" >> Repartition(run.storage, run.spill, shards, assign)
         | "SpreadShards" >> beam.Reshuffle()
         | "WriteRows" >> beam.Map(write_rows, run.storage, folder).with_output_types(Receipt)
     )

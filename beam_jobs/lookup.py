@@ -46,7 +46,7 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun, scores: Manifest) -> Non
         | "Scores" >> beam.Create(scores.files)
         | "SpreadScores" >> beam.Reshuffle()
         | "ReadScores" >> beam.FlatMap(functools.partial(read_scores, run.storage)).with_output_types(pa.RecordBatch)
-        | "ShardByKey" >> Repartition(run.storage(folder), shards, functools.partial(shard_of_key, shards=shards), unit_rows=None)
+        | "ShardByKey" >> Repartition(run.storage, run.spill, shards, functools.partial(shard_of_key, shards=shards), unit_rows=None)
         | "SpreadShards" >> beam.Reshuffle()
         | "WriteShard" >> beam.Map(write_shard, run.storage, folder, shards).with_output_types(Receipt)
         | "CommitLookup" >> CommitStage(run.storage, folder, store.STAGE, info)
