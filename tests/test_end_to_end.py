@@ -181,22 +181,41 @@ def kill_behind(printed: str, delay: float, *arguments: str) -> list[str]:
     return lines
 
 
+def kill_before_a_pointer_moves(moves: int, *arguments: str) -> None:
+    """Run the command until it has moved so many pointers and would move the next, and have it killed there."""
+    script = f"""
+import itertools, os, signal, sys
+from schemas import lake
+move, calls = lake.move_pointer, itertools.count()
+lake.move_pointer = lambda *to: move(*to) if next(calls) < {moves} else os.kill(os.getpid(), signal.SIGKILL)
+from beam_jobs.cli import main
+main(sys.argv[1:])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    assert done.returncode == -signal.SIGKILL, done.stdout
+
+
 def test_killed_at_every_stage_it_resumes_to_the_same_table(undisturbed: tuple[str, str, list[str]], cloud: dict[str, str]) -> None:
     """Also: the same months in another fresh lake give the same run ids and bit-equal scores."""
     uri, dataset = "gs://adstocrat/killed", f"{cloud['GOOGLE_CLOUD_PROJECT']}.killed"
     lay_out(uri)
     begins = dict(zip(STAGES, ["month ", *(f"{stage} " for stage in STAGES)], strict=False))
-    # The last: BigQuery has the month, and no pointer has moved.
-    killed = (*((stage, begins[stage], 0.3) for stage in STAGES), ("publish", f"  publish: {dataset}.scores has", 0.0))
     arguments = ("month", MONTHS[0], "--lake", uri, "--dataset", dataset)
     done: dict[str, str] = {}
-    for stage, printed, delay in killed:
-        lines = kill_behind(printed, delay, *arguments)
+    for stage in STAGES:
+        lines = kill_behind(begins[stage], 0.3, *arguments)
         told = {line.split()[0]: line for line in lines if line.split() and line.split()[0] in STAGES}
         for earlier in STAGES[: STAGES.index(stage)]:
             # What was complete when it was killed before is not done again.
             assert earlier not in done or "complete, skipped" in told[earlier], (stage, earlier, told)
         done |= dict.fromkeys(STAGES[: STAGES.index(stage)], "done")
+    # BigQuery has the month and no pointer has moved; then, the champion has moved and the lookup has not.
+    for moves in (0, 1):
+        kill_before_a_pointer_moves(moves, *arguments)
+        assert len(published_table(dataset, MONTHS[0])) == ADS
+        assert lake.read_pointer(open_storage(uri), lake.CURRENT, Current) == (None, None)
     for month in MONTHS:
         adstocrat("month", month, "--lake", uri, "--dataset", dataset)
     for month in MONTHS:
