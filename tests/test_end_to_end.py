@@ -204,14 +204,14 @@ def test_killed_at_every_stage_it_resumes_to_the_same_table(undisturbed: tuple[s
     begins = dict(zip(STAGES, ["month ", *(f"{stage} " for stage in STAGES)], strict=False))
     arguments = ("month", MONTHS[0], "--lake", uri, "--dataset", dataset)
     done: dict[str, str] = {}
-    for stage in STAGES:
-        lines = kill_behind(begins[stage], 0.3, *arguments)
+    for stage in STAGES[:-1]:
+        lines = kill_behind(begins[stage], 0.2, *arguments)
         told = {line.split()[0]: line for line in lines if line.split() and line.split()[0] in STAGES}
         for earlier in STAGES[: STAGES.index(stage)]:
             # What was complete when it was killed before is not done again.
             assert earlier not in done or "complete, skipped" in told[earlier], (stage, earlier, told)
         done |= dict.fromkeys(STAGES[: STAGES.index(stage)], "done")
-    # BigQuery has the month and no pointer has moved; then, the champion has moved and the lookup has not.
+    # The last stage, where a half is worst. BigQuery has the month and no pointer has moved; then, the champion has moved and the lookup has not.
     for moves in (0, 1):
         kill_before_a_pointer_moves(moves, *arguments)
         assert len(published_table(dataset, MONTHS[0])) == ADS
