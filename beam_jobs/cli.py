@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         command = commands.choices[parsed.command]
         command.error(f"unknown flag or argument {unknown[0]!r}{suggestion(unknown[0].partition('=')[0], command.known_flags())}")
+    if behind and parsed.run not in (_month, _stage, _local_cloud):
+        commands.choices[parsed.command].error(f"takes nothing behind --, but was given {behind[0]!r}")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     # Beam warns so where a package is missing that only its model manager needs.
     logging.getLogger().handlers[0].addFilter(lambda record: "Resource module is not available" not in str(record.msg))
@@ -70,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: BaseException, status: int) -> int:
-    print(f"adstocrat: {error}", file=sys.stderr)
+    # Beam adds the step that it was running, which says nothing to a person.
+    print(f"adstocrat: {str(error).partition(' [while running')[0]}", file=sys.stderr)
     return status
 
 

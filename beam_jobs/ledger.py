@@ -1,8 +1,8 @@
 """The ledger: every row of the month accounted for, from manifests and from the files themselves, never from a runner's counters."""
 
+import contextlib
 import json
-import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from beam_jobs.run import MonthRun, StageError
 from schemas import lake
 from schemas.lake import Manifest
-from schemas.storage import Storage
+from schemas.storage import Storage, crc32c
 
 
 def take(run: MonthRun) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def take(run: MonthRun) -> dict[str, Any]:
         `counts` by name, `rejected` by reason, `image_status` and `score_status` by value, and `balanced`.
 
     Raises:
-        StageError: it does not balance; says where.
+        StageError: it does not balance, or a file is missing or damaged; says where.
     """
     rows = run.manifest(run.stage("rows"), "ingest")
     scores = run.manifest(run.stage("scores"), "score")
@@ -99,7 +99,7 @@ def _parquet_rows(storage: Storage, files: list[str]) -> int:
     """Rows by the files' own footers."""
     total = 0
     for file in files:
-        with storage.open(file) as stream:
+        with _readable(storage, file), storage.open(file) as stream:
             total += pq.ParquetFile(pa.PythonFile(stream, "r")).metadata.num_rows
     return total
 
@@ -109,7 +109,23 @@ def _lookup_entries(storage: Storage, lookup: Manifest) -> int:
     import lmdb
 
     total = 0
-    for file in lookup.files:
-        with storage.local(file) as path, lmdb.open(str(pathlib.Path(path)), subdir=False, readonly=True, lock=False) as environment:
-            total += environment.stat()["entries"]
+    for receipt in lookup.receipts:
+        with _readable(storage, receipt.file), storage.local(receipt.file) as path:
+            # LMDB maps what it opens: a file that was cut would kill the process.
+            found = crc32c(path.read_bytes())
+            if found != receipt.crc32c:
+                raise OSError(f"its checksum is {found}, its receipt says {receipt.crc32c}")
+            with lmdb.open(str(path), subdir=False, readonly=True, lock=False) as environment:
+                total += environment.stat()["entries"]
     return total
+
+
+@contextlib.contextmanager
+def _readable(storage: Storage, file: str) -> Iterator[None]:
+    """A file that a manifest lists must be there and whole."""
+    try:
+        yield
+    except (OSError, pa.ArrowInvalid) as error:
+        raise StageError(
+            f"{storage.url(file)} cannot be counted, nothing is published: {error}; remove its stage's folder and run the month again"
+        ) from error

@@ -176,12 +176,11 @@ def _published_window(storage: Storage, contract: Contract, config: Config, mont
             manifest = lake.read_manifest(storage, name.rpartition("/")[0]) if name.endswith(lake.MANIFEST) else None
             if manifest:
                 published.append((manifest.info["published"], manifest.info["contract"], manifest.info["run"]))
-        if not published:
-            continue
-        _, fingerprint, run = max(published)
-        if fingerprint == contract.fingerprint:
-            window.append((earlier, run))
-        else:
+        usable = [(at, run) for at, fingerprint, run in published if fingerprint == contract.fingerprint]
+        if usable:
+            window.append((earlier, max(usable)[1]))
+        elif published:
+            _, fingerprint, run = max(published)
             log.info("%s is left out of training: its run %s has another contract (%s)", earlier, run, fingerprint)
     return tuple(window)
 

@@ -265,6 +265,7 @@ def infer(files: Sequence[str], roles: dict[str, Sequence[str]]) -> Contract:
         try:
             with csv.open_csv(file, read_options=csv.ReadOptions(use_threads=False)) as peek:
                 names = peek.schema.names
+            _check_header(file, names, list(kinds))
             kinds.update((name, None) for name in names if name not in kinds)
             options = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, null_values=[""])
             with csv.open_csv(file, parse_options=csv.ParseOptions(newlines_in_values=True), convert_options=options) as reader:
@@ -290,6 +291,16 @@ def infer(files: Sequence[str], roles: dict[str, Sequence[str]]) -> Contract:
     return Contract(tuple(drafted))
 
 
+def _check_header(file: str, names: list[str], known: list[str]) -> None:
+    """All files have the same columns, in whatever order, each once."""
+    for name in names:
+        if not name or names.count(name) > 1:
+            raise ContractError(f"{file!r} has the column {name!r} {names.count(name)} times; expected a header of different names")
+    if known and set(names) != set(known):
+        odd = ", ".join(sorted(set(names) ^ set(known)))
+        raise ContractError(f"{file!r} does not have the columns of the files before it, see {odd}; draft a contract for each kind of file")
+
+
 def _widen(kind: str | None, column: Any, pa: Any, pc: Any) -> str | None:
     """The narrowest type that holds what was seen before and this column too; None while all values are missing."""
     if column.null_count == len(column):
@@ -297,8 +308,10 @@ def _widen(kind: str | None, column: Any, pa: Any, pc: Any) -> str | None:
     for candidate, arrow in (("int", pa.int64()), ("float", pa.float64())):
         if kind in (None, "int", candidate):
             try:
-                pc.cast(column, arrow)
+                values = pc.cast(column, arrow)
             except pa.ArrowInvalid:
                 continue
-            return candidate
+            # Ingest turns away what is no finite number.
+            if pc.all(pc.is_finite(values)).as_py():
+                return candidate
     return "bytes"

@@ -5,6 +5,8 @@ Columns are read as bytes and cast here under masks, because a reader that casts
 
 import dataclasses
 import gzip
+import io
+import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -29,8 +31,10 @@ KEY_TOO_LONG = "key_too_long"
 IMAGE_OUTSIDE_MONTH = "image_outside_month"
 
 REJECTS = pa.schema([("file", pa.string()), ("row", pa.int64()), ("column", pa.string()), ("reason", pa.string()), ("value", pa.string())])
+# What the casts surely take; in a block with a bad value, the others are tried one by one.
 _INTEGER = r"^-?[0-9]{1,18}$"
 _NUMBER = r"^-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,3})?$"
+_BAD_FILE = (pa.ArrowInvalid, EOFError, gzip.BadGzipFile, zlib.error)
 # A name that leaves the month's images folder: a parent folder, an absolute path, or a URI.
 _OUTSIDE = r"(^|[/\\])\.\.([/\\]|$)|^[/\\]|://|^[A-Za-z]:"
 
@@ -67,7 +71,7 @@ def read_rows(stream: BinaryIO, contract: Contract, file: str) -> Iterator[Check
     Raises:
         ContractError: the header lacks a column of the contract.
     """
-    plain: Any = gzip.GzipFile(fileobj=stream) if file.endswith(".gz") else stream
+    plain: Any = _Unsplit(gzip.GzipFile(fileobj=stream) if file.endswith(".gz") else stream)
     wrong_count: list[tuple[int, str]] = []
 
     def skip(row: csv.InvalidRow) -> str:
@@ -86,14 +90,14 @@ def read_rows(stream: BinaryIO, contract: Contract, file: str) -> Iterator[Check
                 strings_can_be_null=True,
             ),
         )
-    except pa.ArrowInvalid as error:
+    except _BAD_FILE as error:
         if "Empty CSV file" in str(error):
             return
         raise ContractError(f"{file} cannot be read as CSV: {error}") from None
     except pa.ArrowKeyError as error:
         raise ContractError(f"{file} lacks a column of the contract: {error}; add it to the export or drop it from the contract") from None
     parsed, reported = 0, 0
-    for batch in reader:
+    for batch in _told(reader, file):
         # A row that the parser skipped has a number all the same: shift the numbers of those behind it.
         skipped = np.array([number for number, _ in wrong_count], np.int64)
         index = np.arange(parsed, parsed + batch.num_rows)
@@ -103,6 +107,29 @@ def read_rows(stream: BinaryIO, contract: Contract, file: str) -> Iterator[Check
     if reported < len(wrong_count):
         empty = pa.RecordBatch.from_pylist([], pa.schema([(column.name, pa.binary()) for column in contract.kept]))
         yield check(empty, contract, file, np.empty(0, np.int64), wrong_count[reported:])
+
+
+class _Unsplit(io.RawIOBase):
+    """A stream whose pieces never end between CR and LF: Arrow drops such an LF, even inside quotes."""
+
+    def __init__(self, stream: Any):
+        self._stream, self._held = stream, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._held + self._stream.read(size - len(self._held))
+        self._held = b"\r" if len(data) > 1 and data.endswith(b"\r") else b""
+        return data[: len(data) - len(self._held)]
+
+
+def _told(reader: csv.CSVStreamingReader, file: str) -> Iterator[pa.RecordBatch]:
+    """The reader's batches; what ends them early is told with the file's name."""
+    try:
+        yield from reader
+    except _BAD_FILE as error:
+        raise ContractError(f"{file} cannot be read as CSV: {error}") from None
 
 
 def check(batch: pa.RecordBatch, contract: Contract, file: str, numbers: np.ndarray, wrong_count: list[tuple[int, str]]) -> Checked:
@@ -193,9 +220,22 @@ def _typed(column: Column, values: pa.Array, rejecter: _Rejecter) -> pa.Array:
     try:
         return text.cast(column.arrow_type)
     except pa.ArrowInvalid:
-        good = pc.match_substring_regex(text, _INTEGER if column.kind == "int" else _NUMBER)
+        # Whether a value is of the type is the cast's word, as above, so that it never depends on the rows beside it.
+        surely = pc.match_substring_regex(text, _INTEGER if column.kind == "int" else _NUMBER)
+        known = pc.fill_null(surely, True).to_numpy(zero_copy_only=False).copy()
+        for row in np.flatnonzero(~known).tolist():
+            known[row] = _casts(text[row], column.arrow_type)
+        good = pa.array(known)
         rejecter.reject(pc.invert(good), column.name, UNPARSABLE)
         return pc.if_else(good, text, None).cast(column.arrow_type)
+
+
+def _casts(value: pa.Scalar, kind: pa.DataType) -> bool:
+    try:
+        value.cast(kind)
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
 def _is_utf8(value: bytes) -> bool:

@@ -110,7 +110,7 @@ def open_storage(uri: str) -> Storage:
         ValueError: another scheme, or a bucket without a name.
     """
     if uri.startswith("gs://"):
-        bucket, _, prefix = uri[5:].strip("/").partition("/")
+        bucket, _, prefix = uri[5:].rstrip("/").partition("/")
         if len(bucket) < 3:
             raise ValueError(f"{uri!r} names no bucket; expected gs://bucket[/prefix] with a bucket name of at least 3 characters")
         return Bucket(f"gs://{bucket}/{prefix}" if prefix else f"gs://{bucket}")
@@ -269,7 +269,9 @@ class Bucket(Storage):
 
     def _blobs(self, prefix: str) -> Iterable[Any]:
         fields = "items(name,size,crc32c),nextPageToken"
-        return _client().list_blobs(self._bucket, prefix=self._prefix + prefix, fields=fields)
+        blobs = _client().list_blobs(self._bucket, prefix=self._prefix + prefix, fields=fields)
+        # As in a folder, what begins with a dot is nobody's data.
+        return (blob for blob in blobs if "/." not in "/" + blob.name[len(self._prefix) :])
 
     def names(self, prefix: str) -> list[str]:
         return sorted(blob.name[len(self._prefix) :] for blob in self._blobs(prefix))

@@ -1,0 +1,96 @@
+"""Settings come from a file and from flags, flags win, and what cannot be used is refused with the fix."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import pytest
+
+from beam_jobs.config import Config, ConfigError, load, suggestion
+
+
+@pytest.fixture
+def file(tmp_path: pathlib.Path) -> pathlib.Path:
+    return tmp_path / "month.yaml"
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "expected"),
+    [
+        ("lake: ./a", {}, Config("./a")),
+        ("lake: ./a\nseed: 3", {"seed": 4, "lake": None}, Config("./a", seed=4)),
+        ("lake: ./a\nseed: 3", {"seed": 0}, Config("./a", seed=0)),
+        ("lake: ./a", {"lake": "gs://bucket", "dataset": "p.d"}, Config("gs://bucket", dataset="p.d")),
+        ("lake: gs://bucket\ndataset: p.d\n", {"window_months": 12}, Config("gs://bucket", dataset="p.d", window_months=12)),
+        ("# nothing\n", {"lake": "./a"}, Config("./a")),
+        ("", {"lake": "./a"}, Config("./a")),
+        ("lake: ./a\ndataset: null\ncontract: ads.pbtxt", {}, Config("./a", contract="ads.pbtxt")),
+    ],
+)
+def test_flags_win_over_the_file_and_the_file_over_defaults(file: pathlib.Path, text: str, flags: dict[str, Any], expected: Config) -> None:
+    file.write_text(text)
+    assert load(str(file), flags) == expected
+
+
+def test_flags_alone_are_enough() -> None:
+    assert load(None, {"lake": "./a"}) == Config("./a")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lake: ./a\nwindow_month: 2", "unknown setting 'window_month' in {file}; did you mean 'window_months'?"),
+        ("lake: ./a\nwindow-months: 2", "unknown setting 'window-months' in {file}; did you mean 'window_months'?"),
+        ("lake: ./a\nrunner: flink", "unknown setting 'runner' in {file}"),
+        ("lake: ./a\n7: 2", "unknown setting 7 in {file}"),
+        ("- lake", "config file '{file}' holds a list; expected settings, one `name: value` a line"),
+        ("lake", "config file '{file}' holds a str; expected settings"),
+        ("lake: [", "config file '{file}' is not YAML"),
+        ("", "lake is ''; expected gs://bucket[/prefix] or a folder, as --lake or in the config file"),
+        ("lake: null", "lake is None; expected gs://bucket[/prefix] or a folder"),
+        ("lake: 7", "lake is 7; expected gs://bucket[/prefix] or a folder"),
+        ("lake: ./a\nseed: three", "seed is 'three'; expected a whole number of at least 0"),
+        ("lake: ./a\nseed: -1", "seed is -1; expected a whole number of at least 0"),
+        ("lake: ./a\nseed: true", "seed is True; expected a whole number"),
+        ("lake: ./a\nseed: 1.5", "seed is 1.5; expected a whole number"),
+        ("lake: ./a\nseed: null", "seed is None; expected a whole number"),
+        ("lake: ./a\nwindow_months: 0", "window_months is 0; expected a whole number of at least 1"),
+        ("lake: ./a\nfetch_threads: 0", "fetch_threads is 0; expected a whole number of at least 1"),
+        ("lake: ./a\nmax_bytes_billed: 0", "max_bytes_billed is 0; expected a whole number of at least 1"),
+        ("lake: gs://bucket\ndataset: ads", "dataset is 'ads'; expected PROJECT.DATASET, such as my-project.ads"),
+        ("lake: gs://bucket\ndataset: p.d.t", "dataset is 'p.d.t'; expected PROJECT.DATASET"),
+        ("lake: gs://bucket\ndataset: 1.5", "dataset is 1.5; expected text"),
+        ("lake: ./a\ncontract: 7", "contract is 7; expected text"),
+        ("lake: ./a\nbigquery_location: null", "bigquery_location is None; expected text"),
+        ("lake: ./a\ndataset: p.d", "dataset is 'p.d' but lake is the folder './a', which BigQuery cannot load from; use gs://"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused(file: pathlib.Path, text: str, message: str) -> None:
+    file.write_text(text)
+    with pytest.raises(ConfigError) as refused:
+        load(str(file), {})
+    assert message.format(file=file) in str(refused.value)
+
+
+def test_a_file_that_is_not_there_is_refused(file: pathlib.Path) -> None:
+    with pytest.raises(ConfigError, match=r"month\.yaml' does not exist"):
+        load(str(file), {"lake": "./a"})
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("window_month", "; did you mean 'window_months'?"), ("sead", "; did you mean 'seed'?"), ("colour", ""), ("", "")],
+)
+def test_a_close_name_is_suggested(name: str, expected: str) -> None:
+    assert suggestion(name, ["window_months", "seed"]) == expected
+
+
+def test_only_settings_that_change_what_is_computed_make_another_run() -> None:
+    plain = Config("./a")
+    other = Config("gs://bucket", "p.d", "c.pbtxt", fetch_threads=99, bigquery_location="EU", max_bytes_billed=1)
+    assert plain.affecting_model() == other.affecting_model() == {"window_months": 3, "seed": 0}
+    assert Config("./a", seed=1).affecting_model() != plain.affecting_model()
+
+
+def test_every_setting_says_what_it_is() -> None:
+    assert all(field.metadata["help"] for field in dataclasses.fields(Config))

@@ -1,0 +1,165 @@
+import gzip
+import pathlib
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from beam_jobs import ingest
+from beam_jobs.arrow import shards_for
+from beam_jobs.config import Config
+from beam_jobs.run import MonthRun, prepare
+from beam_jobs.runner import run_pipeline
+from schemas import contract as contracts
+from schemas.hashing import hash64, salted
+from schemas.lake import Manifest, raw_ads, shard_of_unit
+from schemas.parquet import read_parquet
+from schemas.rows import REJECTS, read_rows, row_schema
+from schemas.sample import write_months
+from schemas.storage import Entry, Folder
+
+MONTH, SHARDS = "2026-08", 4
+CONTRACT = contracts.load(contracts.DEFAULT)
+BAD = b'too,few\nx,,,,,,not a number,1,1,,1,0\n,,,,,,1,1,1,,1,0\ny,,,,,,1,1,1,../secret,1,0\nz,,,,,,1,1,1,,1,"2"\nu\xff,,,,,,1,1,1,,1,0\n'
+REASONS = ("field_count", "unparsable", "missing_required", "image_outside_month", "clicks_over_impressions", "bad_encoding")
+
+
+def deliver(folder: pathlib.Path) -> Config:
+    """A sample month, cut into files of many kinds."""
+    sample = Folder(str(folder / "sample"))
+    write_months(sample, [MONTH], 1500, 30, 0, lambda line: None)
+    text = b"".join(sample.read(name) for name in sample.names(raw_ads(MONTH)))
+    header, *lines = text.splitlines(keepends=True)
+    rows = [line for line in lines if line != header]
+    assert len(rows) == 1500
+    storage = Folder(str(folder / "lake"))
+    files = {
+        "a.csv": header + b"".join(rows[:700]),
+        "b.csv.gz": gzip.compress(header + b"".join(rows[700:1100]), mtime=0),
+        "bad.csv": header + b"".join(rows[1100:1200]) + BAD + b"".join(rows[1200:]),
+        "empty.csv": b"",
+        "header.csv": header,
+        "sub/all bad.csv": header + BAD,
+    }
+    for name, data in files.items():
+        storage.write(raw_ads(MONTH) + name, data)
+    storage.write(raw_ads(MONTH) + "README.txt", b"no rows")
+    return Config(lake=storage.uri)
+
+
+def ingested(config: Config) -> tuple[MonthRun, Manifest]:
+    run = prepare(config, MONTH)
+    run_pipeline(lambda root: ingest.define_pipeline(root, run), [])
+    return run, run.manifest(run.stage("rows"), "ingest")
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[MonthRun, Manifest]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ingest, "shards_for", lambda rows: SHARDS)
+        return ingested(deliver(tmp_path_factory.mktemp("ingest")))
+
+
+def direct(run: MonthRun) -> tuple[pa.Table, pa.Table]:
+    """Rows and rejects of all files, read without a pipeline."""
+    checked = []
+    for entry in run.ads:
+        with run.storage.open(entry.name) as stream:
+            checked += list(read_rows(stream, run.contract, entry.name))
+    rows = pa.Table.from_batches([part.rows for part in checked], row_schema(run.contract))
+    return rows, pa.Table.from_batches([part.rejects for part in checked], REJECTS)
+
+
+def table(run: MonthRun, files: list[str], schema: pa.Schema) -> pa.Table:
+    return pa.Table.from_batches([batch for file in files for batch in read_parquet(run.storage, file)], schema)
+
+
+def test_each_accepted_row_is_there_once_in_its_shard_and_place(done: tuple[MonthRun, Manifest]) -> None:
+    run, manifest = done
+    expected: dict[int, list[dict]] = {}
+    for row in sorted(direct(run)[0].to_pylist(), key=lambda row: hash64(row["key"].encode(), salted("order"))):
+        shard = hash64((row["image"] or row["key"]).encode(), salted("shard")) % SHARDS
+        expected.setdefault(shard, []).append(row)
+    assert sum(map(len, expected.values())) == 1500 and len(expected) == SHARDS
+    units = [receipt for receipt in manifest.receipts if receipt.unit.startswith("shard/")]
+    found = {shard_of_unit(receipt.unit): table(run, [receipt.file], row_schema(CONTRACT)).to_pylist() for receipt in units}
+    assert found == expected
+    assert (
+        [receipt.rows for receipt in units] == [receipt.counts["ingested"] for receipt in units] == [len(found[i]) for i in sorted(found)]
+    )
+
+
+def test_rows_without_an_image_are_spread(done: tuple[MonthRun, Manifest]) -> None:
+    rows = direct(done[0])[0].combine_chunks().to_batches()[0]
+    bare = rows.set_column(rows.schema.get_field_index("image"), "image", pa.nulls(len(rows), pa.string()))
+    shards = ingest.shard_of_rows(bare, "image", 3)
+    assert shards.tolist() == ingest.shard_of_rows(bare, None, 3).tolist()
+    assert set(shards.tolist()) == {0, 1, 2}
+
+
+def test_rejects_are_written_by_file(done: tuple[MonthRun, Manifest]) -> None:
+    run, manifest = done
+    expected = direct(run)[1]
+    files = {receipt.unit: receipt for receipt in manifest.receipts if receipt.unit.startswith("file/")}
+    assert files.keys() == {f"file/{entry.name}" for entry in run.ads} and len(files) == 6
+    for entry in run.ads:
+        receipt = files[f"file/{entry.name}"]
+        own = [row for row in expected.to_pylist() if row["file"] == entry.name]
+        assert (table(run, [receipt.file], REJECTS).to_pylist() if receipt.file else []) == own
+        assert receipt.rows == len(own)
+    assert expected.num_rows == 2 * len(REASONS)
+
+
+def test_counts_balance(done: tuple[MonthRun, Manifest]) -> None:
+    run, manifest = done
+    assert manifest.counts("rejected:") == Counter(direct(run)[1]["reason"].to_pylist()) == dict.fromkeys(REASONS, 2)
+    assert manifest.count("read") == 1512 == manifest.count("ingested") + sum(manifest.counts("rejected:").values())
+    assert manifest.info == {"shards": SHARDS, "contract": CONTRACT.fingerprint}
+
+
+def test_the_same_month_in_another_lake_gives_the_same_bytes(
+    done: tuple[MonthRun, Manifest], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingest, "shards_for", lambda rows: SHARDS)
+    run, manifest = ingested(deliver(tmp_path))
+    assert run.id == done[0].id and run.storage.uri != done[0].storage.uri
+
+    def content(manifest: Manifest) -> list[tuple]:
+        return [(receipt.unit, receipt.rows, receipt.counts, receipt.crc32c) for receipt in manifest.receipts]
+
+    assert content(manifest) == content(done[1])
+    assert not set(manifest.files) & set(done[1].files)
+
+
+def test_a_file_without_a_column_is_an_error_that_names_it(tmp_path: pathlib.Path) -> None:
+    Folder(str(tmp_path)).write(raw_ads(MONTH) + "short.csv", b"ad_id,advertiser\na,b\n")
+    with pytest.raises(contracts.ContractError, match=r"short\.csv lacks a column of the contract"):
+        ingested(Config(lake=str(tmp_path)))
+
+
+def test_only_rejects(tmp_path: pathlib.Path) -> None:
+    header = ",".join(column.name for column in CONTRACT.columns).encode() + b"\n"
+    Folder(str(tmp_path)).write(raw_ads(MONTH) + "bad.csv", header + BAD)
+    _, manifest = ingested(Config(lake=str(tmp_path)))
+    assert (manifest.count("read"), manifest.count("ingested")) == (len(REASONS), 0)
+    assert [receipt.unit for receipt in manifest.receipts] == [f"file/{raw_ads(MONTH)}bad.csv"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_are_guessed_about_right(tmp_path: pathlib.Path, packed: bool) -> None:
+    storage, rng = Folder(str(tmp_path)), np.random.default_rng(0)
+    text = b"".join(b"%d,%.9f,campaign-%d\n" % (i, rng.random(), i % 7) for i in range(40_000))
+    entries = []
+    for number in range(10):
+        data = gzip.compress(text) if packed else text
+        storage.write(f"{number}.csv{'.gz' if packed else ''}", data)
+        entries.append(Entry(f"{number}.csv{'.gz' if packed else ''}", len(data), ""))
+    guessed = ingest.estimated_rows(storage, tuple(entries))
+    assert 400_000 / 4 < guessed < 400_000 * 5 if packed else 380_000 < guessed < 420_000
+    assert ingest.estimated_rows(storage, ()) == 0
+
+
+@pytest.mark.parametrize(("rows", "shards"), [(0, 1), (1, 1), (500_000, 1), (500_001, 2), (10_000_000, 20)])
+def test_an_ordinary_shard_is_half_a_unit(rows: int, shards: int) -> None:
+    assert shards_for(rows) == shards

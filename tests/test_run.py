@@ -1,0 +1,257 @@
+import dataclasses
+import json
+import os
+import pathlib
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from beam_jobs import run as runs
+from beam_jobs.config import Config
+from beam_jobs.run import LISTING, MonthRun, StageError, champion_before, listing_file, prepare
+from schemas import contract as contracts
+from schemas import lake
+from schemas.lake import CHAMPION, Champion, Manifest, raw_ads, raw_images
+from schemas.parquet import read_parquet
+from schemas.storage import Folder, Storage, crc32c, open_storage
+
+MONTH = "2026-10"
+ADS = {"a.csv": b"ad_id,bid\nx,1\n", "b.csv.gz": b"packed"}
+IMAGES = {"one.png": b"1111", "sub/two.png": b"22"}
+
+
+def deliver(storage: Storage, ads: dict[str, bytes] = ADS, images: dict[str, bytes] = IMAGES) -> None:
+    for prefix, files in ((raw_ads(MONTH), ads), (raw_images(MONTH), images)):
+        for name, data in files.items():
+            storage.write(prefix + name, data)
+
+
+@pytest.fixture
+def storage(tmp_path: pathlib.Path) -> Folder:
+    found = Folder(str(tmp_path / "lake"))
+    deliver(found)
+    return found
+
+
+def run_of(storage: Storage, month: str = MONTH, **settings: Any) -> MonthRun:
+    return prepare(Config(lake=storage.uri, **settings), month)
+
+
+# --- the id -------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_inputs_are_the_same_run(storage: Folder, tmp_path: pathlib.Path) -> None:
+    other = Folder(str(tmp_path / "another lake"))
+    deliver(other)
+    os.utime(pathlib.Path(other.uri) / raw_ads(MONTH) / "a.csv", (0, 0))
+    other.write(raw_ads(MONTH) + "notes.txt", b"no rows")
+    other.write(raw_ads("2026-09") + "a.csv", b"another month")
+    first, second = run_of(storage), run_of(other)
+    assert first.id == second.id and len(first.id) == 16
+    assert [entry.name for entry in second.ads] == [raw_ads(MONTH) + name for name in ADS]
+
+
+def test_a_bucket_and_a_folder_give_the_same_run(storage: Folder, cloud: dict[str, str]) -> None:
+    bucket = open_storage(f"gs://adstocrat/{uuid.uuid4().hex}")
+    deliver(bucket)
+    first, second = run_of(storage), run_of(bucket, dataset="project.ads")
+    assert first.id == second.id
+
+    def inputs(run: MonthRun) -> dict[str, Any]:
+        found = run.storage.read_json(f"{run.folder}/inputs.json")
+        assert found.pop("listing").startswith(run.folder)
+        return found
+
+    assert inputs(first) == inputs(second)
+    assert listed(first) == listed(second)
+
+
+def rename(storage: Storage, folder: str, name: str, other: str) -> None:
+    storage.write(folder + other, storage.read(folder + name))
+    storage.delete(folder + name)
+
+
+CHANGES: dict[str, Callable[[Storage], None]] = {
+    "a byte of a file": lambda storage: storage.write(raw_ads(MONTH) + "a.csv", ADS["a.csv"].replace(b"1", b"2")),
+    "a longer file": lambda storage: storage.write(raw_ads(MONTH) + "a.csv", ADS["a.csv"] + b"y,2\n"),
+    "a late file": lambda storage: storage.write(raw_ads(MONTH) + "late.csv", b"ad_id,bid\n"),
+    "a file gone": lambda storage: storage.delete(raw_ads(MONTH) + "a.csv"),
+    "a byte of an image": lambda storage: storage.write(raw_images(MONTH) + "one.png", b"1112"),
+    "a late image": lambda storage: storage.write(raw_images(MONTH) + "late.png", b"1111"),
+    "an image gone": lambda storage: storage.delete(raw_images(MONTH) + "one.png"),
+    "an image renamed": lambda storage: rename(storage, raw_images(MONTH), "one.png", "1.png"),
+    "a file renamed": lambda storage: rename(storage, raw_ads(MONTH), "a.csv", "c.csv"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_other_files_are_another_run(storage: Folder, name: str) -> None:
+    before = run_of(storage)
+    CHANGES[name](storage)
+    after = run_of(storage)
+    assert after.id != before.id
+    # What is delivered back is the first run again.
+    storage.delete(f"raw/{MONTH}/")
+    deliver(storage)
+    assert run_of(storage).id == before.id
+
+
+OTHER_SETTINGS = {
+    **{field.name: field.default + 1 for field in dataclasses.fields(Config) if isinstance(field.default, int)},
+    "bigquery_location": "EU",
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SETTINGS)
+def test_settings_that_affect_the_model_are_another_run(storage: Folder, name: str) -> None:
+    changed = run_of(storage, **{name: OTHER_SETTINGS[name]}).id != run_of(storage).id
+    assert changed == (name in ("window_months", "seed"))
+
+
+def test_another_contract_is_another_run(storage: Folder, tmp_path: pathlib.Path) -> None:
+    text = contracts.DEFAULT.read_text()
+    same, other = tmp_path / "same.pbtxt", tmp_path / "other.pbtxt"
+    same.write_text("# the same, elsewhere\n" + text)
+    other.write_text(text.replace("max: 23", "max: 22"))
+    assert run_of(storage, contract=str(same)).id == run_of(storage).id != run_of(storage, contract=str(other)).id
+
+
+def test_other_code_is_another_run(storage: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = run_of(storage).id
+    monkeypatch.setattr(runs, "source_digest", lambda: "other")
+    assert run_of(storage).id != before
+
+
+# --- what is prepared ---------------------------------------------------------------------------------------------------------------------
+
+
+def listed(run: MonthRun) -> list[tuple[str, int, str]]:
+    batches = list(read_parquet(run.storage, listing_file(run)))
+    assert all(batch.schema.equals(LISTING) for batch in batches)
+    return [tuple(row.values()) for row in pa.Table.from_batches(batches, LISTING).to_pylist()]
+
+
+@pytest.mark.parametrize("images", [IMAGES, {}])
+def test_the_images_are_listed(tmp_path: pathlib.Path, images: dict[str, bytes]) -> None:
+    storage = Folder(str(tmp_path))
+    deliver(storage, images=images)
+    assert listed(run_of(storage)) == [(name, len(data), crc32c(data)) for name, data in images.items()]
+
+
+def test_a_resumed_run_keeps_what_the_first_laid_down(storage: Folder) -> None:
+    first = run_of(storage)
+    before = {name: storage.read(name) for name in storage.names(first.folder)}
+    assert len(before) == 2
+    again = run_of(storage)
+    assert again == first and {name: storage.read(name) for name in storage.names(first.folder)} == before
+    inputs = json.loads(before[f"{first.folder}/inputs.json"])
+    assert inputs["ads"] == [[name, len(data), crc32c(data)] for name, data in ADS.items()]
+    assert inputs["images"]["count"] == 2 and inputs["images"]["bytes"] == 6
+
+
+@pytest.mark.parametrize("ads", [{}, {"a.txt": b"x"}, {"a.csv.zip": b"x"}])
+def test_a_month_without_ads_is_an_error(tmp_path: pathlib.Path, ads: dict[str, bytes]) -> None:
+    storage = Folder(str(tmp_path))
+    deliver(storage, ads=ads)
+    with pytest.raises(StageError, match=rf"month {MONTH} has no ads: expected \*\.csv or \*\.csv\.gz in {tmp_path}/raw/{MONTH}/ads"):
+        run_of(storage)
+    assert not storage.names("runs/")
+
+
+@pytest.mark.parametrize("month", ["2026-13", "2026-1", "october", "../2026-10"])
+def test_what_is_no_month_is_an_error(storage: Folder, month: str) -> None:
+    with pytest.raises(ValueError, match="expected YYYY-MM"):
+        run_of(storage, month)
+
+
+# --- champion -----------------------------------------------------------------------------------------------------------------------------
+
+CHAIN = [Champion("e1", f"{month}-r", month, "r") for month in ("2026-08", "2026-09", "2026-10")]
+
+
+def promote(storage: Storage, chain: list[Champion]) -> None:
+    """Each refreshed from the one before it; the last is champion."""
+    for parent, champion in zip([None, *chain], chain, strict=False):
+        info = {"parent": dataclasses.asdict(parent) if parent else None}
+        lake.commit(storage, lake.model_folder("ranker", champion.ranker), Manifest("ranker", (), info))
+        lake.move_pointer(storage, CHAMPION, champion)
+
+
+@pytest.mark.parametrize(
+    ("month", "expected"),
+    [("2027-01", CHAIN[2]), ("2026-11", CHAIN[2]), ("2026-10", CHAIN[1]), ("2026-09", CHAIN[0]), ("2026-08", None), ("2025-01", None)],
+)
+def test_the_champion_is_the_one_before_the_month(storage: Folder, month: str, expected: Champion | None) -> None:
+    promote(storage, CHAIN)
+    assert champion_before(storage, month) == expected
+
+
+def test_without_a_champion_the_encoder_is_its_own(storage: Folder) -> None:
+    assert champion_before(storage, MONTH) is None
+    run = run_of(storage)
+    assert run.champion is None and run.encoder == run.version == f"{MONTH}-{run.id}"
+
+
+def test_a_run_that_promotes_its_model_stays_the_same_run(storage: Folder) -> None:
+    promote(storage, CHAIN[:1])
+    before = run_of(storage)
+    assert before.champion == CHAIN[0] and before.encoder == "e1"
+    promote(storage, [CHAIN[0], Champion("e1", before.version, MONTH, before.id)])
+    assert lake.read_pointer(storage, CHAMPION, Champion)[0] != before.champion
+    assert run_of(storage) == before
+    promote(storage, [CHAIN[0], Champion("e1", "2026-11-r", "2026-11", "r")])
+    assert run_of(storage) == before
+
+
+def test_another_champion_is_another_run(storage: Folder) -> None:
+    before = run_of(storage).id
+    promote(storage, CHAIN[:1])
+    assert run_of(storage).id != before
+
+
+# --- window -------------------------------------------------------------------------------------------------------------------------------
+
+SAME = contracts.load(contracts.DEFAULT).fingerprint
+
+
+def published(storage: Storage, month: str, run: str, at: int, contract: str = SAME) -> None:
+    info = {"month": month, "run": run, "contract": contract, "published": f"2026-11-{at:02d}T00:00:00+00:00"}
+    lake.commit(storage, lake.stage_folder("publish", month, run), Manifest("publish", (), info))
+
+
+@pytest.mark.parametrize(
+    ("runs_published", "window_months", "expected"),
+    [
+        ([], 3, ()),
+        ([("2026-08", "a", 1), ("2026-09", "b", 2)], 3, (("2026-08", "a"), ("2026-09", "b"))),
+        ([("2026-08", "a", 1), ("2026-09", "b", 2)], 2, (("2026-09", "b"),)),
+        ([("2026-08", "a", 1), ("2026-09", "b", 2)], 1, ()),
+        ([("2026-08", "a", 1), ("2026-07", "b", 2), ("2026-10", "c", 3), ("2026-11", "d", 4)], 3, (("2026-08", "a"),)),
+        ([("2026-09", "z", 1), ("2026-09", "b", 3), ("2026-09", "c", 2)], 3, (("2026-09", "b"),)),
+        ([("2026-09", "a", 1), ("2026-09", "b", 2, "other")], 3, (("2026-09", "a"),)),
+        ([("2026-08", "a", 1), ("2026-09", "b", 2, "other")], 3, (("2026-08", "a"),)),
+    ],
+)
+def test_window(storage: Folder, runs_published: list[tuple], window_months: int, expected: tuple[tuple[str, str], ...]) -> None:
+    for told in runs_published:
+        published(storage, *told)
+    storage.write("publish/2026-09/unfinished/staging.parquet", b"not complete")
+    run = run_of(storage, window_months=window_months)
+    assert run.earlier == expected and run.window == (*expected, (MONTH, run.id))
+
+
+def test_another_run_in_the_window_is_another_run(storage: Folder) -> None:
+    ids = [run_of(storage).id]
+    for at, run in enumerate(("a", "b")):
+        published(storage, "2026-09", run, at + 1)
+        ids.append(run_of(storage).id)
+    assert len(set(ids)) == 3
+
+
+def test_a_stage_that_is_not_complete_is_named(storage: Folder) -> None:
+    run = run_of(storage)
+    with pytest.raises(StageError, match=rf"rows/{MONTH}/{run.id} is not complete; run `adstocrat ingest {MONTH}` first"):
+        run.manifest(run.stage("rows"), "ingest")
