@@ -13,7 +13,7 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 
-from beam_jobs.join import MonthRows
+from beam_jobs.join import month_rows
 from beam_jobs.run import MonthRun, StageError
 from model import registry, splits
 from model.evaluation import Sums, verdict
@@ -28,7 +28,7 @@ CANDIDATE, CHAMPION, BASE_RATE = "candidate", "champion", "base_rate"
 def define_pipeline(root: beam.Pipeline, run: MonthRun, candidate: Manifest) -> None:
     """The gate rows of the window's months → sums by month and model → the verdict on the newest month that has labelled ones."""
     encoder = candidate.info["encoder"]
-    units = [(month, id, unit) for month, id in run.window for unit in MonthRows(run, month, id, encoder).units]
+    units = [(month, id, unit) for month, id in run.window for unit in month_rows(run, month, id, encoder).units]
     _ = (
         root
         | "Units" >> beam.Create(units)
@@ -46,7 +46,7 @@ def judge(unit: tuple[str, str, Receipt], run: MonthRun, encoder: str) -> Iterab
     if run.champion:
         models[CHAMPION] = _ranker(run, run.champion.ranker)
     sums: dict[str, Sums] = {}
-    for batch in MonthRows(run, month, id, encoder).batches(receipt):
+    for batch in month_rows(run, month, id, encoder).batches(receipt):
         clicks, impressions = outcomes(batch, run.contract)
         gate = (splits.split_of_rows(batch["key"], batch["creative"]) == splits.GATE) & (impressions > 0)
         rows, clicks, impressions = batch.filter(pa.array(gate)), clicks[gate], impressions[gate]

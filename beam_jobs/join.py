@@ -99,14 +99,15 @@ def _by_shard(manifest: Manifest) -> dict[int, Receipt]:
 
 def examples(run: MonthRun, encoder: str | None, epoch: int) -> Iterator[pa.RecordBatch]:
     """All joined batches of the window; each epoch has its own order of units, which depends on the seed and its number alone."""
-    units = [(rows, unit) for month, id in run.window for rows in [_month_rows(run, month, id, encoder)] for unit in rows.units]
+    units = [(rows, unit) for month, id in run.window for rows in [month_rows(run, month, id, encoder)] for unit in rows.units]
     random.Random(f"{run.config.seed} {epoch}").shuffle(units)
     for rows, unit in units:
         yield from rows.batches(unit)
 
 
 @functools.lru_cache(8)
-def _month_rows(run: MonthRun, month: str, id: str, encoder: str | None) -> MonthRows:
+def month_rows(run: MonthRun, month: str, id: str, encoder: str | None) -> MonthRows:
+    """A month's rows, their manifests read once a process."""
     return MonthRows(run, month, id, encoder)
 
 

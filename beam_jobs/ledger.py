@@ -40,6 +40,7 @@ def take(run: MonthRun) -> dict[str, Any]:
         "scored in files": _parquet_rows(run.storage, scores.files),
         "lookup": lookup.rows,
         "lookup in files": _lookup_entries(run.storage, lookup),
+        "images listed": run.storage.read_json(f"{run.folder}/inputs.json")["images"]["count"],
         "images": index.count("images"),
         "images fetched": packs.count("fetched"),
         "images decoded": packs.count("decoded"),
@@ -55,6 +56,7 @@ def take(run: MonthRun) -> dict[str, Any]:
             ("scored in files", "scored", counts["scored"]),
             ("lookup", "ingested", counts["ingested"]),
             ("lookup in files", "lookup", counts["lookup"]),
+            ("images", "images listed", counts["images listed"]),
         )
         if counts[left] != wanted
     ]

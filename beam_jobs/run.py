@@ -120,7 +120,7 @@ def prepare(config: Config, month: str) -> MonthRun:
     earlier = _published_window(storage, contract, config, month)
     champion = champion_before(storage, month)
     inputs = {
-        "ads": [[pathlib.PurePosixPath(entry.name).name, entry.size, entry.crc32c] for entry in ads],
+        "ads": [[entry.name.removeprefix(lake.raw_ads(month)), entry.size, entry.crc32c] for entry in ads],
         "images": {"count": len(images), "bytes": sum(size for _, size, _ in images), "digest": _digest(images)},
         "contract": contract.fingerprint,
         "settings": config.affecting_model(),
@@ -154,7 +154,9 @@ def champion_before(storage: Storage, month: str) -> Champion | None:
     champion, _ = lake.read_pointer(storage, lake.CHAMPION, Champion)
     while champion is not None and champion.month >= month:
         manifest = lake.read_manifest(storage, lake.model_folder("ranker", champion.ranker))
-        parent = manifest and manifest.info["parent"]
+        if manifest is None:
+            raise StageError(f"ranker {champion.ranker!r} is gone, so what was champion before {month} cannot be told; restore its folder")
+        parent = manifest.info["parent"]
         champion = Champion(**parent) if parent else None
     return champion
 

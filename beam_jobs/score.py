@@ -16,7 +16,7 @@ from apache_beam.ml.inference.base import RunInference
 
 from beam_jobs.arrow import CommitStage, WriteUnits
 from beam_jobs.inference import Named, RankerHandler
-from beam_jobs.join import MonthRows
+from beam_jobs.join import month_rows
 from beam_jobs.run import MonthRun
 from schemas import tables
 from schemas.lake import Manifest, Receipt
@@ -28,7 +28,7 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun, evaluation: Manifest) ->
     info = {"encoder": encoder, "ranker": ranker}
     _ = (
         root
-        | "Units" >> beam.Create(MonthRows(run, run.month, run.id, encoder).units)
+        | "Units" >> beam.Create(month_rows(run, run.month, run.id, encoder).units)
         | "SpreadUnits" >> beam.Reshuffle()
         | "Join" >> beam.FlatMap(functools.partial(read_unit, run, encoder)).with_output_types(Named)
         | "Score" >> RunInference(RankerHandler(run.storage, ranker, [c.name for c in run.contract.carried])).with_output_types(Named)
@@ -41,7 +41,7 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun, evaluation: Manifest) ->
 def read_unit(run: MonthRun, encoder: str, unit: Receipt) -> Iterator[Named]:
     """A unit's joined batches, named by where they start."""
     start = 0
-    for batch in MonthRows(run, run.month, run.id, encoder).batches(unit):
+    for batch in month_rows(run, run.month, run.id, encoder).batches(unit):
         yield f"{unit.unit}@{start}", batch
         start += batch.num_rows
 

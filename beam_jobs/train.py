@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_jobs.creatives import pack_files
-from beam_jobs.join import MonthRows, examples
+from beam_jobs.join import examples, month_rows
 from beam_jobs.run import MonthRun, StageError
 from model import registry
 from schemas import lake
@@ -83,7 +83,7 @@ def train_ranker(run: MonthRun) -> Manifest:
 
 def thumbnails(run: MonthRun) -> Iterator[pa.RecordBatch]:
     """`creative` and `thumbnail` of the window's creatives, each once, in an order that depends on their content alone."""
-    rows = [MonthRows(run, month, id, None) for month, id in run.window]
+    rows = [month_rows(run, month, id, None) for month, id in run.window]
     used = pa.chunked_array([creatives for month in rows for creatives in month.creatives()], pa.string())
     wanted = pc.unique(used).drop_null()
     for pack in pack_files(run.storage):

@@ -61,6 +61,7 @@ def run(tmp_path: pathlib.Path) -> MonthRun:
         "creatives/packs": [Receipt("pack/00000", "pack", 5, {"fetched": 5, "decoded": 4})],
         "embeddings": [Receipt("pack@0", "embedded", 4, {"embedded": 4})],
     }
+    storage.write(f"{run.folder}/inputs.json", b'{"images": {"count": 7}}')
     for stage in STAGES:
         manifest = Manifest(stage, tuple(receipts[stage]), {"encoder": "e"})
         lake.commit(storage, folder_of(run, stage), manifest)
@@ -97,7 +98,7 @@ def test_it_balances(run: MonthRun) -> None:
     assert taken["counts"] == {
         **{"read": READ, "rejected": REJECTED, "ingested": INGESTED, "ingested in files": INGESTED, "rejected in files": REJECTED},
         **{"scored": INGESTED, "scored in files": INGESTED, "lookup": INGESTED, "lookup in files": INGESTED},
-        **{"images": 7, "images fetched": 5, "images decoded": 4, "creatives embedded": 4},
+        **{"images listed": 7, "images": 7, "images fetched": 5, "images decoded": 4, "creatives embedded": 4},
     }
     assert taken["rejected"] == {"field_count": 4, "unparsable": 6}
     assert taken["image_status"] == {"ok": 100, "missing": 20} and taken["score_status"] == {"ok": 100, "no_image": 20}
@@ -146,6 +147,7 @@ UNBALANCED: dict[str, tuple[Callable[[MonthRun], None], list[str]]] = {
         ["lookup 121 is not ingested 120", "lookup in files 120 is not lookup 121"],
     ),
     "lookup shard short": (short_shard, ["lookup in files 119 is not lookup 120"]),
+    "images a shard less": (lambda run: change(run, "creatives", 0), ["images 0 is not images listed 7"]),
 }
 
 
