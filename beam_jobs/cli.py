@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import logging
+import os
 import pathlib
 import sys
 import types
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from beam_jobs.config import Config, ConfigError, load, suggestion
+from schemas.lake import check_month
 
 _EPILOG = """\
 a first month on this machine:
@@ -40,7 +42,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status: 0 done, 1 the month cannot go on, 2 wrong usage or settings."""
+    """Run one command; returns its exit status: 0 done, 1 the month cannot go on, 2 wrong usage or settings, 75 not ready yet."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     arguments, behind = _split(arguments)
     parser, commands = _parser()
@@ -51,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if behind and parsed.run not in (_month, _stage, _local_cloud):
         commands.choices[parsed.command].error(f"takes nothing behind --, but was given {behind[0]!r}")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    # Beam warns so where a package is missing that only its model manager needs.
-    logging.getLogger().handlers[0].addFilter(lambda record: "Resource module is not available" not in str(record.msg))
+    logging.getLogger().handlers[0].addFilter(_worth_showing)
     for name in ("adstocrat", "serving"):
         logging.getLogger(name).setLevel(logging.INFO)
     try:
@@ -60,7 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, ValueError, FileNotFoundError) as error:
         return _fail(error, 2)
     except RuntimeError as error:
+        from beam_jobs.ready import NotReadyError
         from beam_jobs.run import StageError
+
+        if isinstance(error, NotReadyError):
+            return _fail(error, os.EX_TEMPFAIL)
 
         # Beam wraps what a stage raises; its own sentence is what a person needs.
         cause: BaseException | None = error
@@ -69,6 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if cause is None:
             raise
         return _fail(cause, 1)
+
+
+def _worth_showing(record: logging.LogRecord) -> bool:
+    """Not what Beam says of a package that only its model manager needs, nor its traceback of an error that is told in a sentence."""
+    ours = record.exc_info and record.exc_info[0] and record.exc_info[0].__module__.partition(".")[0] in ("beam_jobs", "schemas", "model")
+    return not ours and "Resource module is not available" not in str(record.msg)
 
 
 def _fail(error: BaseException, status: int) -> int:
@@ -149,9 +160,12 @@ def _add_run_flags(parser: argparse.ArgumentParser, run: Any) -> None:
 
 
 def _prepared(arguments: argparse.Namespace) -> Any:
+    from beam_jobs.ready import check_delivery
     from beam_jobs.run import prepare
+    from schemas.storage import open_storage
 
     config = load(arguments.config, {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Config)})
+    check_delivery(open_storage(config.lake), check_month(arguments.month), config.ingest_ready)
     return prepare(config, arguments.month)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import pathlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -27,6 +28,10 @@ class Config:
     contract: str | None = _setting("contract file (a TensorFlow Metadata Schema); default: the one of the sample months", None)
     window_months: int = _setting("months whose labelled rows are trained on, the month itself included", 3, affects_model=True)
     seed: int = _setting("seed of everything random in training", 0, affects_model=True)
+    ingest_ready: str = _setting(
+        "when a month may begin: `always`, `marker NAME` (a file in raw/MONTH/), or `quiet 2h` after the last file", "always"
+    )
+    max_reject_share: float = _setting("share of a month's rows that may be rejected before the month stops", 0.01)
     fetch_threads: int = _setting("images that a worker fetches and decodes at a time", 16)
     bigquery_location: str = _setting("where BigQuery jobs run", "US")
     max_bytes_billed: int = _setting("bytes that one BigQuery job may bill before it is refused", 1 << 40)
@@ -36,6 +41,12 @@ class Config:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name} is {value!r}; expected a whole number of at least {least}")
+        if not isinstance(self.max_reject_share, int | float) or not 0 <= self.max_reject_share <= 1:
+            raise ConfigError(f"max_reject_share is {self.max_reject_share!r}; expected a number from 0 to 1, such as 0.01")
+        if not isinstance(self.ingest_ready, str) or not re.fullmatch(r"always|marker [^/\s]+|quiet \d+[smhd]", self.ingest_ready):
+            raise ConfigError(
+                f"ingest_ready is {self.ingest_ready!r}; expected `always`, `marker NAME`, or `quiet` and a time such as 45s, 30m, 2h or 1d"
+            )
         if not self.lake or not isinstance(self.lake, str):
             raise ConfigError(f"lake is {self.lake!r}; expected gs://bucket[/prefix] or a folder, as --lake or in the config file")
         for name in ("dataset", "contract", "bigquery_location"):
@@ -79,6 +90,9 @@ def load(path: str | None, flags: Mapping[str, Any]) -> Config:
         if not isinstance(settings, dict):
             raise ConfigError(f"config file {path!r} holds a {type(settings).__name__}; expected settings, one `name: value` a line")
     known = [field.name for field in dataclasses.fields(Config)]
+    # A section of the file, `csv: {encoding: …}`, is the settings that begin with its name: `csv_encoding`.
+    for section in [name for name, value in settings.items() if isinstance(value, dict)]:
+        settings |= {f"{section}_{name}": value for name, value in settings.pop(section).items()}
     for name in settings:
         if name not in known:
             raise ConfigError(f"unknown setting {name!r} in {path}{suggestion(str(name), known)}")

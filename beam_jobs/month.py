@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from beam_jobs import ledger
-from beam_jobs.run import MonthRun, StageError
+from beam_jobs.ready import check_rejects
+from beam_jobs.run import MonthRun
 from schemas import lake
 from schemas.lake import Manifest
 
@@ -45,6 +46,8 @@ def run_month(run: MonthRun, flags: Flags) -> None:
 
 def run_stage(stage: Stage, run: MonthRun, flags: Flags) -> None:
     """Run one stage unless its output is complete, and tell its counts, rate and time."""
+    if stage is not STAGES[0]:
+        check_rejects(run)
     if stage.is_complete(run):
         log.info("%-10s complete, skipped: %s", stage.name, stage.tell(run)[0])
         return
@@ -77,10 +80,6 @@ def _ingest(run: MonthRun, flags: Flags) -> None:
     from beam_jobs import ingest
 
     _pipeline(ingest.define_pipeline, flags, run)
-    if not _rows(run).count("ingested"):
-        raise StageError(
-            f"no row of {run.month} could be ingested, all {_rows(run).count('read'):,} were rejected; see {run.stage('rejects')}"
-        )
 
 
 def _rows(run: MonthRun) -> Manifest:

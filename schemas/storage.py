@@ -56,6 +56,10 @@ class Storage(abc.ABC):
         """Sorted entries under `prefix` with their checksums; a folder's files are read for them, once."""
 
     @abc.abstractmethod
+    def last_change(self, prefix: str) -> float | None:
+        """When anything under `prefix` was last written, in seconds since 1970; None where nothing is."""
+
+    @abc.abstractmethod
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         """The object's bytes, or a range of them. Raises FileNotFoundError."""
 
@@ -178,6 +182,9 @@ class Folder(Storage):
             self._replace(memory_path, json.dumps(remembered).encode())
         return [e for e, _ in found]
 
+    def last_change(self, prefix: str) -> float | None:
+        return max((os.path.getmtime(self._root / name) for name in self.names(prefix)), default=None)
+
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         with open(self._root / name, "rb") as stream:
             stream.seek(offset)
@@ -268,7 +275,7 @@ class Bucket(Storage):
         return self._bucket.blob(self._prefix + name)
 
     def _blobs(self, prefix: str) -> Iterable[Any]:
-        fields = "items(name,size,crc32c),nextPageToken"
+        fields = "items(name,size,crc32c,updated),nextPageToken"
         blobs = _client().list_blobs(self._bucket, prefix=self._prefix + prefix, fields=fields)
         # As in a folder, what begins with a dot is nobody's data.
         return (blob for blob in blobs if "/." not in "/" + blob.name[len(self._prefix) :])
@@ -278,6 +285,9 @@ class Bucket(Storage):
 
     def entries(self, prefix: str) -> list[Entry]:
         return sorted(Entry(blob.name[len(self._prefix) :], blob.size, blob.crc32c) for blob in self._blobs(prefix))
+
+    def last_change(self, prefix: str) -> float | None:
+        return max((blob.updated.timestamp() for blob in self._blobs(prefix)), default=None)
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         if length == 0:
