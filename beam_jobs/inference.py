@@ -70,10 +70,13 @@ class RankerHandler(_BatchHandler[Any]):
 
 
 def scored(rows: pa.RecordBatch, ranker: Any, carried: Sequence[str]) -> pa.RecordBatch:
-    """Score joined rows at the reference position; one that gets no finite probability gets the base rate and says so."""
+    """Score joined rows at the reference position.
+
+    A row that gets no finite probability, or whose image got no embedding, has the base rate and says so.
+    """
     probability = ranker.predict(rows)
-    finite = np.isfinite(probability)
-    usable = rows["creative"].is_valid().to_numpy(zero_copy_only=False)
+    usable, embedded = (rows[name].is_valid().to_numpy(zero_copy_only=False) for name in ("creative", "embedding"))
+    finite = np.isfinite(probability) & (embedded | ~usable)
     status = np.where(finite, np.where(usable, OK, NO_IMAGE), FALLBACK)
     columns = {
         "key": rows["key"],

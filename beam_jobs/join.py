@@ -112,5 +112,6 @@ def month_rows(run: MonthRun, month: str, id: str, encoder: str | None) -> Month
 
 
 def embedding_matrix(embeddings: np.ndarray) -> pa.Array:
-    """Embeddings, float32 (n, width), as an Arrow column of fixed-size lists."""
-    return pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1), pa.float32()), embeddings.shape[1])
+    """Embeddings, float32 (n, width), as an Arrow column of fixed-size lists; null where there is a NaN."""
+    failed = pa.array(np.isnan(embeddings).any(axis=1))
+    return pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1), pa.float32()), embeddings.shape[1], mask=failed)

@@ -50,7 +50,7 @@ def check_rejects(run: MonthRun) -> None:
         share = sum(rejected.values()) / read
         raise StageError(
             f"{sum(rejected.values()):,} of {read:,} rows of {run.month} were rejected, {share:.2%}, and max_reject_share is "
-            f"{run.config.max_reject_share:.2%}, so nothing is trained or published; mend the export or raise it; {_examples(run, rejected)}"
+            f"{run.config.max_reject_share:.2%}, so nothing is trained or published; mend the export; {_examples(run, rejected)}"
         )
 
 

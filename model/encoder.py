@@ -4,11 +4,12 @@ A small convolutional network whose last hidden layer, and the log-odds it predi
 standardised over the creatives it was trained on. Scaling is inside the model, so it takes the bytes of a thumbnail as they are.
 """
 
-import json
 import pathlib
 from typing import Any
 
 import numpy as np
+
+from model.saved import SavedModel
 
 THUMBNAIL_SIZE = 64
 EMBEDDING_WIDTH = 32
@@ -61,33 +62,6 @@ def augmented(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.ascontiguousarray(windows[np.arange(rows), down, right].transpose(0, 2, 3, 1))
 
 
-def load_saved(folder: pathlib.Path | str, kind: str) -> tuple[dict[str, Any], Any]:
-    """The spec of a model folder and its SavedModel.
-
-    Raises:
-        ValueError: the folder is no model, or one of another kind.
-    """
-    import tensorflow as tf
-
-    folder = pathlib.Path(folder)
-    try:
-        spec = json.loads((folder / "spec.json").read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{str(folder)!r} is no model folder: it has no spec.json; expected what training wrote") from None
-    if spec["kind"] != kind:
-        raise ValueError(f"{str(folder)!r} holds a model of kind {spec['kind']!r}; expected {kind!r}")
-    return spec, tf.saved_model.load(str(folder / "saved_model"))
-
-
-def padded(array: np.ndarray, rows: int) -> np.ndarray:
-    """`array` with zeros behind it up to that many rows."""
-    if len(array) == rows:
-        return array
-    out = np.zeros((rows, *array.shape[1:]), array.dtype)
-    out[: len(array)] = array
-    return out
-
-
 class Encoder:
     """A trained encoder, ready to run; safe to call from several threads.
 
@@ -96,27 +70,22 @@ class Encoder:
         fingerprint: of the contract it was trained under.
     """
 
-    def __init__(self, spec: dict[str, Any], saved: Any) -> None:
-        self.spec, self._saved = spec, saved
-        self.fingerprint: str = spec["fingerprint"]
+    def __init__(self, saved: SavedModel) -> None:
+        self._saved, self.spec = saved, saved.spec
+        self.fingerprint: str = saved.spec["fingerprint"]
 
     @classmethod
     def load(cls, folder: pathlib.Path | str) -> "Encoder":
-        """Load a model folder; a local path, since TensorFlow reads nothing else here.
+        """Load a model folder.
 
         Raises:
             ValueError: not the folder of an encoder.
         """
-        return cls(*load_saved(folder, "encoder"))
+        return cls(SavedModel(folder, "encoder", "embedding", EMBEDDING_WIDTH, _BATCH))
 
     def embed(self, thumbnails: np.ndarray) -> np.ndarray:
-        """Embeddings, float32 (n, EMBEDDING_WIDTH), of thumbnails, uint8 (n, 64, 64, 3)."""
+        """Embeddings, float32 (n, EMBEDDING_WIDTH), of thumbnails, uint8 (n, 64, 64, 3); NaN for one that the model fails on."""
         expected = (THUMBNAIL_SIZE, THUMBNAIL_SIZE, 3)
         if thumbnails.dtype != np.uint8 or thumbnails.shape[1:] != expected:
             raise ValueError(f"thumbnails are {thumbnails.dtype} {thumbnails.shape}; expected uint8 (n, {', '.join(map(str, expected))})")
-        out = np.empty((len(thumbnails), EMBEDDING_WIDTH), np.float32)
-        for start in range(0, len(thumbnails), _BATCH):
-            part = thumbnails[start : start + _BATCH]
-            # Always the same shape, so that nothing is traced or tuned again for the last batch.
-            out[start : start + len(part)] = self._saved.serve({"thumbnail": padded(part, _BATCH)})["embedding"].numpy()[: len(part)]
-        return out
+        return self._saved.run({"thumbnail": thumbnails}, len(thumbnails))

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from model.encoder import load_saved, padded
 from model.features import Features
+from model.saved import SavedModel
 
 BATCH = 8192
 _CLIP = 1e-7
@@ -75,29 +75,26 @@ class Ranker:
         encoder_version, encoder_digest: the encoder whose embeddings it takes.
     """
 
-    def __init__(self, spec: dict[str, Any], saved: Any) -> None:
-        self.spec, self._saved = spec, saved
-        self.features = Features.from_json(spec["features"])
-        self.fingerprint: str = spec["fingerprint"]
-        self.base_rate: float = spec["base_rate"]
-        self.encoder_version: str = spec["encoder_version"]
-        self.encoder_digest: str = spec["encoder_digest"]
+    def __init__(self, saved: SavedModel) -> None:
+        self._saved, self.spec = saved, saved.spec
+        self.features = Features.from_json(self.spec["features"])
+        self.fingerprint: str = self.spec["fingerprint"]
+        self.base_rate: float = self.spec["base_rate"]
+        self.encoder_version: str = self.spec["encoder_version"]
+        self.encoder_digest: str = self.spec["encoder_digest"]
 
     @classmethod
     def load(cls, folder: pathlib.Path | str) -> "Ranker":
-        """Load a model folder; a local path, since TensorFlow reads nothing else here.
+        """Load a model folder.
 
         Raises:
             ValueError: not the folder of a ranker.
         """
-        return cls(*load_saved(folder, "ranker"))
+        return cls(SavedModel(folder, "ranker", "logit", 1, BATCH))
 
     def predict(self, batch: pa.RecordBatch, at_reference: bool = True) -> np.ndarray:
-        """Click probabilities of a joined batch, float64 (rows,): at the reference position, or at each row's own."""
-        arrays = self.features.arrays(batch, at_reference)
-        logits = np.empty(len(batch), np.float32)
-        for start in range(0, len(batch), BATCH):
-            part = {name: padded(array[start : start + BATCH], BATCH) for name, array in arrays.items()}
-            rows = min(BATCH, len(batch) - start)
-            logits[start : start + rows] = self._saved.serve(part)["logit"].numpy()[:rows, 0]
-        return probabilities(logits)
+        """Click probabilities of a joined batch, float64 (rows,): at the reference position, or at each row's own.
+
+        NaN for a row that the model fails on.
+        """
+        return probabilities(self._saved.run(self.features.arrays(batch, at_reference), len(batch))[:, 0])

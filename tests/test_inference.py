@@ -43,6 +43,10 @@ def joined(creatives: list[str | None]) -> pa.RecordBatch:
             "bid": pa.array([1.5] * rows, pa.float64()),
             "creative": pa.array(creatives, pa.string()),
             "image_status": pa.array(["ok" if creative else "missing" for creative in creatives], pa.string()),
+            # The encoder failed on the creative "x".
+            "embedding": pa.array(
+                [[1.0, 2.0] if creative not in (None, "x") else None for creative in creatives], pa.list_(pa.float32(), 2)
+            ),
         }
     )
 
@@ -53,6 +57,7 @@ CASES = [
     ("a", NAN, 0.02, "fallback"),
     (None, INF, 0.02, "fallback"),
     ("b", -INF, 0.02, "fallback"),
+    ("x", 0.5, 0.02, "fallback"),
 ]
 
 

@@ -1,0 +1,73 @@
+"""A SavedModel that takes any number of rows: in batches of one shape, and past the rows and the sizes that make it fail."""
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+
+class SavedModel:
+    """One output of an exported model, as a function of arrays.
+
+    A batch that the model fails on is halved until one row is left, and that row's output is NaN; a batch that does not fit into memory is
+    halved as well, and the size that fitted is kept.
+
+    Attributes:
+        spec: what `spec.json` beside the model holds.
+        batch: rows a call; the last call is padded to it, so that nothing is traced or tuned again.
+    """
+
+    def __init__(self, folder: pathlib.Path | str, kind: str, output: str, width: int, batch: int) -> None:
+        """Load a model folder; a local path, since TensorFlow reads nothing else here.
+
+        Raises:
+            ValueError: the folder is no model, or one of another kind.
+        """
+        import tensorflow as tf
+
+        folder = pathlib.Path(folder)
+        try:
+            self.spec: dict[str, Any] = json.loads((folder / "spec.json").read_text())
+        except FileNotFoundError:
+            raise ValueError(f"{str(folder)!r} is no model folder: it has no spec.json; expected what training wrote") from None
+        if self.spec["kind"] != kind:
+            raise ValueError(f"{str(folder)!r} holds a model of kind {self.spec['kind']!r}; expected {kind!r}")
+        self._loaded = tf.saved_model.load(str(folder / "saved_model"))
+        self._output, self._width, self.batch = output, width, batch
+
+    def run(self, arrays: dict[str, np.ndarray], rows: int) -> np.ndarray:
+        """The output for arrays of `rows` rows each, float32 (rows, width); NaN in the rows that the model fails on."""
+        import tensorflow as tf
+
+        out = np.full((rows, self._width), np.nan, np.float32)
+        todo = [(start, min(start + self.batch, rows)) for start in range(0, rows, self.batch)]
+        while todo:
+            start, stop = todo.pop()
+            middle = (start + stop) // 2
+            if stop - start > self.batch:
+                todo += [(start, middle), (middle, stop)]
+                continue
+            try:
+                out[start:stop] = self._call({name: array[start:stop] for name, array in arrays.items()}, stop - start)
+            except tf.errors.ResourceExhaustedError:
+                if self.batch == 1:
+                    raise
+                self.batch //= 2
+                todo.append((start, stop))
+            except tf.errors.OpError:
+                if stop - start > 1:
+                    todo += [(start, middle), (middle, stop)]
+        return out
+
+    def _call(self, part: dict[str, np.ndarray], rows: int) -> np.ndarray:
+        return self._loaded.serve({name: _padded(array, self.batch) for name, array in part.items()})[self._output].numpy()[:rows]
+
+
+def _padded(array: np.ndarray, rows: int) -> np.ndarray:
+    """`array` with zeros behind it up to that many rows."""
+    if len(array) == rows:
+        return array
+    out = np.zeros((rows, *array.shape[1:]), array.dtype)
+    out[: len(array)] = array
+    return out
