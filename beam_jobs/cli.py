@@ -127,6 +127,18 @@ def _parser() -> tuple[_Parser, Any]:
     for stage in _STAGES:
         _add_run_flags(commands.add_parser(stage, help=f"run the stage {stage} of a month alone", epilog=behind), _stage)
 
+    runs = commands.add_parser("runs", help="list the runs of a lake")
+    runs.set_defaults(run=_runs)
+    show = commands.add_parser("show", help="a run's inputs, verdict and ledger")
+    show.add_argument("id", metavar="RUN")
+    show.set_defaults(run=_show)
+    gc = commands.add_parser("gc", help="remove what no kept run and no pointer needs")
+    gc.add_argument("--keep", type=int, required=True, metavar="N", help="newest runs of each month to keep, with all that they build on")
+    gc.add_argument("--dry-run", action="store_true", help="list what would be removed, and remove nothing")
+    gc.set_defaults(run=_gc)
+    for of_a_lake in (runs, show, gc):
+        of_a_lake.add_argument("--lake", required=True, help="gs://bucket[/prefix] or a folder")
+
     cloud = commands.add_parser(
         "local-cloud",
         help="emulators of Cloud Storage and BigQuery",
@@ -202,6 +214,33 @@ def _infer_contract(arguments: argparse.Namespace, _: list[str]) -> None:
     print(
         f"{arguments.out}: {len(drafted.columns)} columns, {len(drafted.features)} of them features; look it through before the first month"
     )
+
+
+def _runs(arguments: argparse.Namespace, _: list[str]) -> None:
+    from beam_jobs.runs import table
+    from schemas.storage import open_storage
+
+    print(table(open_storage(arguments.lake)))
+
+
+def _show(arguments: argparse.Namespace, _: list[str]) -> None:
+    from beam_jobs.runs import show
+    from schemas.storage import open_storage
+
+    print(show(open_storage(arguments.lake), arguments.id))
+
+
+def _gc(arguments: argparse.Namespace, _: list[str]) -> None:
+    from beam_jobs.runs import garbage
+    from schemas.storage import open_storage
+
+    storage = open_storage(arguments.lake)
+    names = garbage(storage, arguments.keep)
+    for name in names:
+        print(storage.url(name))
+        if not arguments.dry_run:
+            storage.delete(name)
+    print(f"{len(names):,} objects {'would be' if arguments.dry_run else 'were'} removed")
 
 
 def _local_cloud(arguments: argparse.Namespace, command: list[str]) -> int:

@@ -6,6 +6,7 @@ same run, which resumes; a late file makes a new one.
 """
 
 import dataclasses
+import datetime
 import functools
 import hashlib
 import json
@@ -136,7 +137,8 @@ def prepare(config: Config, month: str) -> MonthRun:
         ]
         listing = pa.RecordBatch.from_arrays(columns, schema=LISTING)
         written = write_parquet(storage, run.folder, "images", [listing])
-        storage.create(f"{run.folder}/inputs.json", json.dumps({**inputs, "listing": written.file}, indent=1).encode())
+        created = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
+        storage.create(f"{run.folder}/inputs.json", json.dumps({**inputs, "listing": written.file, "created": created}, indent=1).encode())
     return run
 
 

@@ -211,7 +211,8 @@ def test_killed_at_every_stage_it_resumes_to_the_same_table(undisturbed: tuple[s
             # What was complete when it was killed before is not done again.
             assert earlier not in done or "complete, skipped" in told[earlier], (stage, earlier, told)
         done |= dict.fromkeys(STAGES[: STAGES.index(stage)], "done")
-    # The last stage, where a half is worst. BigQuery has the month and no pointer has moved; then, the champion has moved and the lookup has not.
+    # The last stage, where a half is worst.
+    # BigQuery has the month and no pointer has moved; then, the champion has moved and the lookup has not.
     for moves in (0, 1):
         kill_before_a_pointer_moves(moves, *arguments)
         assert len(published_table(dataset, MONTHS[0])) == ADS
@@ -238,6 +239,23 @@ def test_a_late_file_makes_a_new_run_that_replaces_the_month(undisturbed: tuple[
     second, _ = lake.read_pointer(storage, lake.CURRENT, Current)
     assert first is not None and second is not None and first.run != second.run
     assert "1,501 ingested" in output and " 0 new" in output
+
+    listed = adstocrat("runs", "--lake", str(lake_folder)).splitlines()
+    assert [first.run in line for line in listed] == [True, False]
+    assert ["served" in line for line in listed] == [False, True]
+    assert second.run in json.loads(adstocrat("show", second.run, "--lake", str(lake_folder)))["run"]
+    before = storage.names("")
+    planned = adstocrat("gc", "--keep", "1", "--dry-run", "--lake", str(lake_folder)).splitlines()[:-1]
+    assert planned and storage.names("") == before
+    adstocrat("gc", "--keep", "1", "--lake", str(lake_folder))
+    gone = set(before) - set(storage.names(""))
+    assert {storage.url(name) for name in gone} == set(planned)
+    # Its images stay known; its encoder, which no model that is kept takes, is gone with its embeddings.
+    assert {name.split("/")[0] for name in gone} >= {"rows", "scores", "lookup", "runs"} and all(first.run in name for name in gone)
+    assert not [name for name in gone if name.startswith("creatives/") and "/packs/" in name]
+    output = adstocrat("month", MONTHS[0], "--lake", str(lake_folder))
+    assert all("complete, skipped" in line for line in output.splitlines() if line.split()[0] in STAGES)
+    assert adstocrat("gc", "--keep", "1", "--lake", str(lake_folder)).strip() == "0 objects were removed"
 
 
 REAL_LAKE = os.environ.get("ADSTOCRAT_REAL_LAKE")
