@@ -371,10 +371,8 @@ def test_a_score_is_the_stored_row_with_month_and_run(client: Client, lake: Fold
     eventually(lambda: client("/readyz")[0] == 200)
     status, headers, body = client("/v1/scores/plain")
     assert (status, headers["content-type"]) == (200, "application/json")
-    assert (
-        body
-        == b'{"key":"plain","p_click":0.0123,"score_status":"ok","month":"2026-10","run_id":"r1","encoder_version":"e1","model_version":"r1"}'
-    )
+    own, same = b'{"key":"plain","p_click":0.0123,"score_status":"ok",', json.dumps(SAME_FOR_ALL, separators=(",", ":")).encode()[1:]
+    assert body == own + same
     for key in ODD_KEYS:
         status, _, body = client("/v1/scores/" + quote(key, safe=""))
         assert (status, json.loads(body)) == (200, {**json.loads(row(key)), **SAME_FOR_ALL})
