@@ -150,8 +150,8 @@ def _look_at(run: MonthRun, group: list[dict[str, Any]], known: dict[str, str]) 
         creative = hashlib.sha256(data).hexdigest()
         if creative not in contents:
             try:
-                thumbnail = images.thumbnail(data).tobytes()
-                contents[creative] = images.OK
+                pixels, contents[creative] = images.decode(data)
+                thumbnail = pixels.tobytes()
             except images.ImageFault as fault:
                 contents[creative] = fault.fault
         looked.append({**row, "creative": creative, "image_status": contents[creative], "thumbnail": thumbnail})
@@ -168,7 +168,7 @@ def write_index(pair: ShardPair, storage: Storage, folder: str) -> Receipt:
     listing, looked = read_table(storage, pair.left, LISTING), read_table(storage, pair.right, FILES).sort_by("creative")
     where = pc.index_in(_joined(listing, *LISTING.names), _joined(looked, *LISTING.names).combine_chunks())
     found = looked.select(["creative", "image_status"]).take(where)
-    usable = pc.equal(found["image_status"], images.OK)
+    usable = pc.is_in(found["image_status"], pa.array(images.USABLE))
     columns = [listing["image"], pc.if_else(usable, found["creative"], None), found["image_status"]]
     index = pa.table(columns, schema=INDEX).sort_by("image").combine_chunks()
     counts = {f"status:{row['values']}": row["counts"] for row in pc.value_counts(index["image_status"]).to_pylist()}

@@ -104,7 +104,8 @@ def _creatives(run: MonthRun, flags: Flags) -> None:
 def _tell_creatives(run: MonthRun) -> tuple[str, int]:
     index = run.manifest(run.stage("creatives"), "creatives")
     packs = run.manifest(run.stage("creatives") + "/packs", "creatives")
-    images, fetched, faults = index.count("images"), packs.count("fetched"), index.count("images") - index.count("status:ok")
+    images, fetched = index.count("images"), packs.count("fetched")
+    faults = sum(count for status, count in index.counts("status:").items() if not status.startswith("ok"))
     return f"{images:,} images, {fetched:,} new, {packs.count('decoded'):,} decoded, {faults:,} faults", fetched
 
 

@@ -4,16 +4,20 @@ import io
 import random
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageCms, ImageDraw
 
 from model import images
 from model.images import ImageFault, thumbnail
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-FAULTS = {images.EMPTY, images.TOO_LARGE, images.TOO_MANY_PIXELS, images.NOT_AN_IMAGE, images.TRUNCATED, images.CORRUPT}
+FAULTS = {
+    *(images.EMPTY, images.TOO_LARGE, images.TOO_MANY_PIXELS, images.NOT_AN_IMAGE, images.UNSUPPORTED_FORMAT),
+    *(images.TRUNCATED, images.CORRUPT, images.TOO_COSTLY),
+}
 ORIENTATION = 0x0112
 
 
@@ -46,16 +50,23 @@ PICTURES = {
     "JPEG": encoded(quarters(), "JPEG"),
     "progressive JPEG": encoded(quarters(), "JPEG", progressive=True),
     "CMYK JPEG": encoded(quarters().convert("CMYK"), "JPEG"),
+    "progressive CMYK JPEG": encoded(quarters().convert("CMYK"), "JPEG", progressive=True),
     "PNG": encoded(quarters(), "PNG"),
     "PNG with alpha": encoded(quarters().convert("RGBA"), "PNG"),
     "PNG with palette": encoded(quarters().convert("P"), "PNG"),
     "WEBP": encoded(quarters(), "WEBP"),
+    "animated PNG": encoded(quarters(), "PNG", save_all=True, append_images=[Image.new("RGB", (120, 80))]),
+    "animated WEBP": encoded(quarters(), "WEBP", save_all=True, append_images=[Image.new("RGB", (120, 80))]),
     "lossless WEBP": encoded(quarters(), "WEBP", lossless=True),
     "GIF": encoded(quarters(), "GIF"),
     "animated GIF": encoded(quarters(), "GIF", save_all=True, append_images=[Image.new("RGB", (120, 80))]),
     "BMP": encoded(quarters(), "BMP"),
     "TIFF": encoded(quarters(), "TIFF"),
     "TIFF with LZW": encoded(quarters(), "TIFF", compression="tiff_lzw"),
+    "TIFF in CMYK": encoded(quarters().convert("CMYK"), "TIFF", compression="tiff_adobe_deflate"),
+    "TIFF with JPEG": encoded(quarters(), "TIFF", compression="jpeg"),
+    "BMP with palette": encoded(quarters().convert("P"), "BMP"),
+    "PNG larger than ordinary": encoded(quarters((3000, 2000)), "PNG"),
     "large JPEG": encoded(quarters((2400, 1600)), "JPEG"),
 }
 
@@ -124,6 +135,13 @@ def png_of(width: int, height: int) -> bytes:
     )
 
 
+def webp_of(width: int, height: int) -> bytes:
+    """A WebP that says it is an animation on so large a canvas, and holds nothing."""
+    canvas = b"\x02\x00\x00\x00" + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    body = b"WEBPVP8X" + struct.pack("<I", len(canvas)) + canvas
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
 @pytest.mark.parametrize(
     ("data", "fault"),
     [
@@ -133,15 +151,27 @@ def png_of(width: int, height: int) -> bytes:
         (png_of(20_000, 20_000), images.TOO_MANY_PIXELS),
         (png_of(2**31 - 1, 2**31 - 1), images.TOO_MANY_PIXELS),
         (b"<html>404</html>", images.NOT_AN_IMAGE),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", images.NOT_AN_IMAGE),
-        (b"%PDF-1.7", images.NOT_AN_IMAGE),
+        (b"<!-- <svg> --><html>", images.NOT_AN_IMAGE),
         (b"\x00", images.NOT_AN_IMAGE),
-        (encoded(quarters(), "PPM"), images.NOT_AN_IMAGE),
-        (encoded(noise(), "JPEG")[:-2000], images.TRUNCATED),
+        (b"\x00\x00\x00\x20ftypisom", images.NOT_AN_IMAGE),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", images.UNSUPPORTED_FORMAT),
+        (b"\xef\xbb\xbf\n<?xml version='1.0'?><svg/>", images.UNSUPPORTED_FORMAT),
+        (b"%PDF-1.7", images.UNSUPPORTED_FORMAT),
+        (b"%!PS-Adobe-3.0 EPSF-3.0", images.UNSUPPORTED_FORMAT),
+        (b"8BPS\x00\x01", images.UNSUPPORTED_FORMAT),
+        (b"\x00\x00\x00\x20ftypavif", images.UNSUPPORTED_FORMAT),
+        (b"\x00\x00\x00\x20ftypheic", images.UNSUPPORTED_FORMAT),
+        (encoded(quarters(), "ICO"), images.UNSUPPORTED_FORMAT),
+        (encoded(quarters(), "TGA"), images.UNSUPPORTED_FORMAT),
+        (encoded(quarters(), "PPM"), images.UNSUPPORTED_FORMAT),
+        (webp_of(1 << 14, 1 << 14), images.TOO_MANY_PIXELS),
+        (b"\xff\xd8\xff", images.CORRUPT),
+        (b"II*\x00", images.CORRUPT),
+        (encoded(noise(), "JPEG")[:2000], images.TRUNCATED),
         (encoded(noise(), "PNG")[:-2000], images.TRUNCATED),
         (encoded(noise(), "BMP")[:-2000], images.TRUNCATED),
         (encoded(noise(), "GIF")[:-2000], images.TRUNCATED),
-        (encoded(noise(), "WEBP")[:-2000], images.CORRUPT),
+        (encoded(noise(), "WEBP")[:-2000], images.TRUNCATED),
         (encoded(noise(), "PNG").replace(b"IDAT", b"IDAT\x00\x00\x00\x00", 1), images.CORRUPT),
     ],
 )
@@ -150,6 +180,139 @@ def test_what_cannot_be_used_has_one_fault(data: bytes, fault: str) -> None:
     with pytest.raises(ImageFault) as found:
         thumbnail(data)
     assert found.value.fault == fault
+
+
+def swapped_profile() -> bytes:
+    """A profile in which what others call red is green, and the other way round."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return profile.replace(b"rXYZ", b"0000").replace(b"gXYZ", b"rXYZ").replace(b"0000", b"gXYZ")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_a_profile_says_what_the_colours_are(kind: str) -> None:
+    data = encoded(quarters(), kind, icc_profile=swapped_profile())
+    assert corners(thumbnail(data)) == [GREEN, RED, BLUE, WHITE]
+
+
+def test_a_profile_counts_under_transparency() -> None:
+    data = encoded(Image.new("RGBA", (10, 10), (*RED, 128)), "PNG", icc_profile=swapped_profile())
+    assert thumbnail(data)[32, 32] == pytest.approx((127, 255, 127), abs=2)
+
+
+def test_a_profile_of_srgb_changes_nothing() -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert (thumbnail(encoded(noise(), "PNG", icc_profile=profile)) == thumbnail(encoded(noise(), "PNG"))).all()
+
+
+@pytest.mark.parametrize(
+    "profile", [b"no profile", swapped_profile()[:300], ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()]
+)
+def test_a_profile_that_cannot_be_used_is_passed_over(profile: bytes) -> None:
+    assert corners(thumbnail(encoded(quarters(), "JPEG", icc_profile=profile))) == [RED, GREEN, BLUE, WHITE]
+
+
+def test_damaged_exif_does_not_cost_the_picture() -> None:
+    assert corners(thumbnail(encoded(quarters(), "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00"))) == [RED, GREEN, BLUE, WHITE]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("turn", [1, 6])
+def test_a_cut_jpeg_shows_what_is_there_over_grey(mode: str, turn: int) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = turn
+    # Dark noise: what is missing is lighter, and the same share of the bytes and of the rows is missing.
+    whole = encoded(noise((256, 256)).point(lambda value: value // 4).convert(mode), "JPEG", exif=exif)
+    small, status = images.decode(whole[: len(whole) * 3 // 4])
+    expected = thumbnail(whole)
+    if turn == 6:
+        small, expected = np.rot90(small), np.rot90(expected)
+    assert status == images.OK_TRUNCATED
+    assert np.abs(small[:44].astype(int) - expected[:44]).mean() < 1
+    assert (small[52:] > expected[52:] + 10).all()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4])
+def test_a_cut_jpeg_that_shows_too_little_is_a_fault(share: float) -> None:
+    whole = encoded(noise((256, 256)), "JPEG")
+    with pytest.raises(ImageFault, match=images.TRUNCATED):
+        images.decode(whole[: int(len(whole) * share)])
+
+
+def test_a_jpeg_without_its_end_shows_all() -> None:
+    small, status = images.decode(PICTURES["JPEG"][:-2])
+    assert status == images.OK_TRUNCATED and (small == thumbnail(PICTURES["JPEG"])).all()
+
+
+def test_a_cut_progressive_jpeg_is_used_from_its_first_scan_on() -> None:
+    data = encoded(quarters((640, 480)), "JPEG", progressive=True)
+    second = data.index(b"\xff\xda", data.index(b"\xff\xda") + 1)
+    small, status = images.decode(data[: second + 12])
+    assert status == images.OK_TRUNCATED and corners(small) == [RED, GREEN, BLUE, WHITE]
+    with pytest.raises(ImageFault, match=images.TRUNCATED):
+        images.decode(data[: second - 40])
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Children started in the test are its own."""
+    monkeypatch.setattr(images, "_idle", [])
+    return monkeypatch
+
+
+def scan_bomb(scans: int) -> bytes:
+    """A progressive JPEG of a few kilobytes for each second that it takes."""
+    data = encoded(Image.new("L", (4000, 4000), 128), "JPEG", progressive=True)
+    last, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    return data[:end] + data[last:end] * scans + data[end:]
+
+
+def test_what_takes_too_long_is_stopped(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setattr(images, "_MAX_SECONDS", 0.3)
+    with pytest.raises(ImageFault, match=images.TOO_COSTLY):
+        images.decode(scan_bomb(20_000))
+    assert corners(thumbnail(PICTURES["TIFF"])) == [RED, GREEN, BLUE, WHITE]
+
+
+def test_what_takes_too_much_memory_is_stopped(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setattr(images, "_MAX_MEMORY", 400 << 20)
+    with pytest.raises(ImageFault, match=images.TOO_COSTLY):
+        images.decode(encoded(Image.new("P", (8192, 8192)), "PNG", transparency=0))
+    assert corners(thumbnail(PICTURES["TIFF"])) == [RED, GREEN, BLUE, WHITE]
+
+
+def test_a_lost_child_is_replaced(fresh: pytest.MonkeyPatch) -> None:
+    expected = thumbnail(PICTURES["TIFF"])
+    images._idle[0].kill()
+    assert (thumbnail(PICTURES["TIFF"]) == expected).all() and len(images._idle) == 1
+
+
+def test_a_picture_that_crashes_its_decoder_twice_is_corrupt(fresh: pytest.MonkeyPatch) -> None:
+    started, start = [], images._start_child
+
+    def crashing() -> object:
+        started.append(start())
+        started[-1].kill()
+        return started[-1]
+
+    fresh.setattr(images, "_start_child", crashing)
+    with pytest.raises(ImageFault, match=images.CORRUPT):
+        thumbnail(PICTURES["TIFF"])
+    assert len(started) == 2 and images._idle == []
+
+
+def test_children_that_cannot_start_are_no_fault_of_the_picture(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setattr(images, "_MAX_MEMORY", "nothing")
+    with pytest.raises(RuntimeError, match="ended with 1 as it started"):
+        thumbnail(PICTURES["TIFF"])
+
+
+def test_threads_share_children(fresh: pytest.MonkeyPatch) -> None:
+    names = ["TIFF", "TIFF with LZW", "PNG larger than ordinary", "JPEG"] * 20
+    alone = {name: thumbnail(PICTURES[name]) for name in set(names)}
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(lambda name: thumbnail(PICTURES[name]), names))
+    assert all((alone[name] == small).all() for name, small in zip(names, together, strict=True))
+    assert 1 <= len(images._idle) <= 4
 
 
 def test_a_picture_of_as_many_bytes_as_allowed_is_looked_at() -> None:
