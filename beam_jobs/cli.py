@@ -58,12 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.INFO)
     try:
         return parsed.run(parsed, behind) or 0
-    except (ConfigError, ValueError, FileNotFoundError) as error:
+    except KeyboardInterrupt:
+        return _fail(InterruptedError("interrupted; the same command goes on where it stopped"), 130)
+    except (ValueError, OSError) as error:
         return _fail(error, 2)
     except RuntimeError as error:
         from beam_jobs.ready import NotReadyError
         from beam_jobs.run import StageError
 
+        if parsed.run is _local_cloud:
+            return _fail(error, 1)
         if isinstance(error, NotReadyError):
             return _fail(error, os.EX_TEMPFAIL)
 
@@ -74,6 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if cause is None:
             raise
         return _fail(cause, 1)
+    except Exception as error:
+        # What Google's clients raise is a sentence; importing them to name it would cost every command a second.
+        if type(error).__module__.partition(".")[0] != "google":
+            raise
+        return _fail(error, 1)
 
 
 def _worth_showing(record: logging.LogRecord) -> bool:
@@ -167,16 +176,27 @@ def _add_run_flags(parser: argparse.ArgumentParser, run: Any) -> None:
         if isinstance(kind, types.UnionType):
             kind = next(option for option in typing.get_args(kind) if option is not type(None))
         text = field.metadata["help"] + ("" if field.default in (dataclasses.MISSING, None) else f" (default: {field.default})")
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=text)
+        read = _true_or_false if kind is bool else kind
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=read, metavar=kind.__name__.upper(), help=text)
     parser.set_defaults(run=run)
 
 
-def _prepared(arguments: argparse.Namespace) -> Any:
+def _true_or_false(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text == "true"
+
+
+def _prepared(arguments: argparse.Namespace, flags: list[str]) -> Any:
     from beam_jobs.ready import check_delivery
     from beam_jobs.run import prepare
     from schemas.storage import open_storage
 
     config = load(arguments.config, {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Config)})
+    if flags:
+        from beam_jobs.runner import checked_options
+
+        checked_options(flags)
     check_delivery(open_storage(config.lake), check_month(arguments.month), config.ingest_ready)
     return prepare(config, arguments.month)
 
@@ -184,13 +204,13 @@ def _prepared(arguments: argparse.Namespace) -> Any:
 def _month(arguments: argparse.Namespace, flags: list[str]) -> None:
     from beam_jobs.month import run_month
 
-    run_month(_prepared(arguments), flags)
+    run_month(_prepared(arguments, flags), flags)
 
 
 def _stage(arguments: argparse.Namespace, flags: list[str]) -> None:
     from beam_jobs.month import STAGES, run_stage
 
-    run_stage(next(stage for stage in STAGES if stage.name == arguments.command), _prepared(arguments), flags)
+    run_stage(next(stage for stage in STAGES if stage.name == arguments.command), _prepared(arguments, flags), flags)
 
 
 def _sample_data(arguments: argparse.Namespace, _: list[str]) -> None:

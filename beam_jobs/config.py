@@ -32,6 +32,12 @@ class Config:
         "when a month may begin: `always`, `marker NAME` (a file in raw/MONTH/), or `quiet 2h` after the last file", "always"
     )
     max_reject_share: float = _setting("share of a month's rows that may be rejected before the month stops", 0.01)
+    csv_newlines_in_values: bool = _setting(
+        "whether a quoted CSV value may hold a line end; where not, big files are read in parts, each by another worker",
+        True,
+        affects_model=True,
+    )
+    csv_encoding: str = _setting("encoding of the CSV files, such as latin-1, cp1252 or utf-16", "utf-8", affects_model=True)
     fetch_threads: int = _setting("images that a worker fetches and decodes at a time", 16)
     bigquery_location: str = _setting("where BigQuery jobs run", "US")
     max_bytes_billed: int = _setting("bytes that one BigQuery job may bill before it is refused", 1 << 40)
@@ -47,6 +53,12 @@ class Config:
             raise ConfigError(
                 f"ingest_ready is {self.ingest_ready!r}; expected `always`, `marker NAME`, or `quiet` and a time such as 45s, 30m, 2h or 1d"
             )
+        if not isinstance(self.csv_newlines_in_values, bool):
+            raise ConfigError(f"csv_newlines_in_values is {self.csv_newlines_in_values!r}; expected true or false")
+        try:
+            "".encode(self.csv_encoding)
+        except (LookupError, TypeError, ValueError):
+            raise ConfigError(f"csv_encoding is {self.csv_encoding!r}; expected an encoding that Python knows, such as latin-1") from None
         if not self.lake or not isinstance(self.lake, str):
             raise ConfigError(f"lake is {self.lake!r}; expected gs://bucket[/prefix] or a folder, as --lake or in the config file")
         for name in ("dataset", "contract", "bigquery_location"):

@@ -37,7 +37,7 @@ from model import images
 from schemas import lake
 from schemas.hashing import hash64_column, salted
 from schemas.lake import Receipt
-from schemas.parquet import read_parquet, write_parquet
+from schemas.parquet import read_columns, write_parquet
 from schemas.storage import Storage
 
 log = logging.getLogger("adstocrat")
@@ -92,7 +92,7 @@ def _paired(root: beam.Pipeline, run: MonthRun, listing: list[str], known: list[
 
 
 def _read(storage: Storage, file: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    yield from read_parquet(storage, file, columns)
+    yield from read_columns(storage, file, columns)
 
 
 def shard_of_content(batch: pa.RecordBatch, shards: int) -> np.ndarray:

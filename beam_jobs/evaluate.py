@@ -43,7 +43,7 @@ def judge(unit: tuple[str, str, Receipt], run: MonthRun, encoder: str) -> Iterab
     """Sums of a unit's labelled gate rows under each model, at each row's own position."""
     month, id, receipt = unit
     models = {CANDIDATE: _ranker(run, run.version)}
-    if run.champion:
+    if run.champion and is_peer(run):
         models[CHAMPION] = _ranker(run, run.champion.ranker)
     sums: dict[str, Sums] = {}
     for batch in month_rows(run, month, id, encoder).batches(receipt):
@@ -64,11 +64,29 @@ def decide(judged: list[tuple[str, str, Mapping[str, Sums]]], run: MonthRun, enc
     # In the order of units: sums of floats depend on their order, and the order in which units come on the runner.
     of_month = [sums for judged_month, _, sums in sorted(judged, key=lambda unit: unit[:2]) if judged_month == month]
     total = {name: sum((sums.get(name, Sums()) for sums in of_month), Sums()) for name in (CANDIDATE, CHAMPION, BASE_RATE)}
-    ruling = verdict(total[CANDIDATE], total[CHAMPION] if run.champion else None, total[BASE_RATE])
-    scored_with = run.version if ruling["promoted"] or run.champion is None else run.champion.ranker
-    metrics = {name: sums.metrics() for name, sums in total.items() if name != CHAMPION or run.champion}
+    peer = run.champion if is_peer(run) else None
+    ruling = verdict(total[CANDIDATE], total[CHAMPION] if peer else None, total[BASE_RATE])
+    if run.champion and not peer:
+        ruling["why"] += "; the champion is of another contract or encoder, and cannot score these rows"
+    scored_with = peer.ranker if peer and not ruling["promoted"] else run.version
+    metrics = {name: sums.metrics() for name, sums in total.items() if name != CHAMPION or peer}
     info: dict[str, Any] = {**ruling, "month": month, "encoder": encoder, "ranker": scored_with, "metrics": metrics}
     return lake.commit(run.storage, run.stage(FOLDER), Manifest("evaluate", (), info))
+
+
+def keep_champion(run: MonthRun, why: str) -> Manifest:
+    """The verdict where there is no candidate: the champion scores the month."""
+    assert run.champion is not None
+    info = {"promoted": False, "flagged": False, "why": why, "month": run.month, "metrics": {CANDIDATE: Sums().metrics()}}
+    pair = {"encoder": run.champion.encoder, "ranker": run.champion.ranker}
+    return lake.commit(run.storage, run.stage(FOLDER), Manifest("evaluate", (), {**info, **pair}))
+
+
+def is_peer(run: MonthRun) -> bool:
+    """Whether the champion can score the month's rows: it has their contract, and the run's encoder."""
+    if run.champion is None or run.champion.encoder != run.known_encoder:
+        return False
+    return registry.manifest(run.storage, "ranker", run.champion.ranker).info["contract"] == run.contract.fingerprint
 
 
 @functools.lru_cache(2)

@@ -6,40 +6,68 @@
 Writes `rows/<month>/<run>/` and `rejects/<month>/<run>/`.
 """
 
+import dataclasses
 import functools
 import gzip
+import pathlib
+import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from apache_beam import pvalue
 
 from beam_jobs.arrow import CommitStage, Repartition, Unit, read_unit, shards_for
+from beam_jobs.config import Config
 from beam_jobs.run import MonthRun
+from schemas import lake
+from schemas.csv_records import Layout
 from schemas.hashing import hash64_column, salted
 from schemas.lake import Receipt
-from schemas.parquet import write_parquet
-from schemas.rows import read_rows
+from schemas.parquet import ParquetFile, read_parquet, upload, write_parquet
+from schemas.rows import REJECTS, read_rows
 from schemas.storage import Entry, Storage
 
 _HEAD_BYTES = 1 << 18
+# A file that can be split is read in parts of about this much: what a spill file takes.
+SPLIT_BYTES = 128 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of a CSV file that one worker reads.
+
+    Attributes:
+        file: its name.
+        number: which part, from 0.
+        parts: of how many.
+        span: the part's rows begin in these bytes, [start, end); None for the whole file.
+    """
+
+    file: str
+    number: int = 0
+    parts: int = 1
+    span: tuple[int, int] | None = None
 
 
 def define_pipeline(root: beam.Pipeline, run: MonthRun) -> None:
-    """Files → rows in shards, one receipt a file and one a unit of rows."""
+    """Files, in parts → rows in shards, one receipt a file and one a unit of rows."""
     shards = shards_for(estimated_rows(run.storage, run.ads))
     folder = run.stage("rows")
+    number = functools.partial(whole_file, storage=run.storage, folder=run.stage("rejects"))
     image = run.contract.image.name if run.contract.image else None
     assign = functools.partial(shard_of_rows, image=image, shards=shards)
     read = (
         root
-        | "Files" >> beam.Create([entry.name for entry in run.ads])
+        | "Files" >> beam.Create([part for entry in run.ads for part in parts_of(entry, layout_of(run.config))])
         | "SpreadFiles" >> beam.Reshuffle()
-        | "ReadRows" >> beam.ParDo(_ReadRows(run)).with_outputs("receipts", main="rows")
+        | "ReadRows" >> beam.ParDo(_ReadRows(run)).with_outputs("parts", main="rows")
     )
+    files = read.parts | "GroupByFile" >> beam.GroupByKey() | "NumberRejects" >> beam.MapTuple(number).with_output_types(Receipt)
     written = (
         read.rows
         | "ShardByImage" >> Repartition(run.storage, run.spill, shards, assign)
@@ -47,27 +75,68 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun) -> None:
         | "WriteRows" >> beam.Map(write_rows, run.storage, folder).with_output_types(Receipt)
     )
     info = {"shards": shards, "contract": run.contract.fingerprint}
-    _ = (read.receipts, written) | beam.Flatten() | "CommitRows" >> CommitStage(run.storage, folder, "ingest", info)
+    _ = (files, written) | beam.Flatten() | "CommitRows" >> CommitStage(run.storage, folder, "ingest", info)
+
+
+def layout_of(config: Config) -> Layout:
+    return Layout(config.csv_newlines_in_values, config.csv_encoding)
+
+
+def parts_of(entry: Entry, layout: Layout) -> list[Part]:
+    """The parts to read a file in: one where it cannot be split."""
+    count = max(1, round(entry.size / SPLIT_BYTES)) if layout.can_split(entry.name) else 1
+    if count == 1:
+        return [Part(entry.name)]
+    edges = [entry.size * number // count for number in range(count + 1)]
+    return [Part(entry.name, number, count, (edges[number], edges[number + 1])) for number in range(count)]
 
 
 class _ReadRows(beam.DoFn):
-    """One file → its row batches, and on `receipts` what was read and rejected."""
+    """One part of a file → its row batches, and on `parts` its file and what was read and rejected."""
 
     def __init__(self, run: MonthRun):
         self._run = run
 
-    def process(self, file: str) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput[Literal["receipts"], Receipt]]:
-        run, counts, rejects = self._run, Counter[str](), []
-        with run.storage.open(file) as stream:
-            for checked in read_rows(stream, run.contract, file):
+    def process(self, part: Part) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput[Literal["parts"], tuple[str, Receipt]]]:
+        run, counts, writer = self._run, Counter[str](), None
+        # The numbers of a part's rows count from its own start, so its rejects are not yet those of the run.
+        folder = run.stage("rejects") if part.parts == 1 else run.spill
+        unit, file, checksum = f"file/{part.file}@{part.number:05d}", "", ""
+        with run.storage.open(part.file) as stream, tempfile.TemporaryDirectory(prefix="adstocrat-") as temporary:
+            path = pathlib.Path(temporary) / "rejects.parquet"
+            for checked in read_rows(stream, run.contract, part.file, layout_of(run.config), part.span):
                 counts["read"] += checked.read
                 if checked.rejects.num_rows:
-                    rejects.append(checked.rejects)
+                    writer = writer or ParquetFile(path, REJECTS)
+                    writer.write(checked.rejects)
                     counts.update(f"rejected:{reason}" for reason in checked.rejects["reason"].to_pylist())
                 if checked.rows.num_rows:
                     yield checked.rows
-        receipt = write_parquet(run.storage, run.stage("rejects"), f"file/{file}", rejects, counts)
-        yield pvalue.TaggedOutput("receipts", receipt)
+            if writer:
+                writer.close()
+                file, checksum = upload(run.storage, path, lake.unique(folder, unit.replace("/", "_"), ".parquet"))
+        rejected = counts.total() - counts["read"]
+        yield pvalue.TaggedOutput("parts", (part.file, Receipt(unit, file, rejected, dict(counts), checksum)))
+
+
+def whole_file(file: str, told: Iterable[Receipt], storage: Storage, folder: str) -> Receipt:
+    """One receipt of the parts of a file; where there are several, their rejects with the numbers that the rows have in the file."""
+    by_part: dict[str, list[Receipt]] = {}
+    for receipt in told:
+        by_part.setdefault(receipt.unit, []).append(receipt)
+    parts = [lake.one_receipt_each(by_part[unit]) for unit in sorted(by_part)]
+    counts = sum((Counter(part.counts) for part in parts), Counter[str]())
+    if len(parts) == 1:
+        return dataclasses.replace(parts[0], unit=f"file/{file}")
+
+    def numbered() -> Iterator[pa.RecordBatch]:
+        before = 0
+        for part in parts:
+            for batch in read_parquet(storage, part.file) if part.file else ():
+                yield batch.set_column(batch.schema.get_field_index("row"), "row", pc.add(batch["row"], before))
+            before += part.counts.get("read", 0)
+
+    return write_parquet(storage, folder, f"file/{file}", numbered(), counts)
 
 
 def shard_of_image(images: pa.Array, shards: int) -> np.ndarray:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from beam_jobs.run import MonthRun, StageError
 from schemas import lake
 from schemas.lake import Manifest
+from schemas.retries import take_retries
 from schemas.storage import Storage, crc32c
 
 
@@ -46,6 +47,11 @@ def take(run: MonthRun) -> dict[str, Any]:
         "images decoded": packs.count("decoded"),
         "creatives embedded": embedded.count("embedded") if embedded else 0,
     }
+    # Requests to storage that were made again, in the stages and in this process since: compared with nothing.
+    gathered = lake.read_manifest(run.storage, lake.embeddings_folder(scores.info["encoder"], run.month, run.id))
+    told = [manifest.count("retries") for manifest in (rows, packs, index, embedded, gathered, scores, lookup) if manifest]
+    if retries := sum(told) + take_retries()["retries"]:
+        counts["retries"] = retries
     unbalanced = [
         f"{left} {counts[left]:,} is not {right} {wanted:,}"
         for left, right, wanted in (
@@ -92,6 +98,7 @@ def show(ledger: Mapping[str, Any]) -> str:
             f"  images   {counts['images']:,} delivered, {counts['images fetched']:,} fetched, {counts['images decoded']:,} decoded, "
             f"{counts['creatives embedded']:,} embedded",
             f"  status   image: {each(ledger['image_status'])}; score: {each(ledger['score_status'])}",
+            *([f"  storage  {counts['retries']:,} requests made again"] if counts.get("retries") else []),
             "  balanced" if ledger["balanced"] else f"  NOT balanced: {'; '.join(ledger['unbalanced'])}",
         )
     )
@@ -127,6 +134,8 @@ def _readable(storage: Storage, file: str) -> Iterator[None]:
     """A file that a manifest lists must be there and whole."""
     try:
         yield
+    except (PermissionError, TimeoutError):
+        raise  # The storage's own sentence: the file may well be whole.
     except (OSError, pa.ArrowInvalid) as error:
         raise StageError(
             f"{storage.url(file)} cannot be counted, nothing is published: {error}; remove its stage's folder and run the month again"

@@ -96,9 +96,10 @@ def _tell_ingest(run: MonthRun) -> tuple[str, int]:
 def _creatives(run: MonthRun, flags: Flags) -> None:
     from beam_jobs import creatives
 
+    shards = _rows(run).info["shards"]
     if lake.read_manifest(run.storage, run.stage("creatives") + "/packs") is None:
         _pipeline(creatives.define_pack_pipeline, flags, run)
-    _pipeline(creatives.define_index_pipeline, flags, run, _rows(run).info["shards"])
+    _pipeline(creatives.define_index_pipeline, flags, run, shards)
 
 
 def _tell_creatives(run: MonthRun) -> tuple[str, int]:
@@ -119,8 +120,12 @@ def _tell_model(folder: Callable[[MonthRun], str]) -> Callable[[MonthRun], tuple
     def tell(run: MonthRun) -> tuple[str, int]:
         info = run.manifest(folder(run), "train").info
         training = info["training"]
-        learnt = f"{training['rows']:,} rows, {training['clicks']:,.0f} clicks, {training['epochs']} epochs"
-        return f"{info['kind']} {info['version']}, {training['mode']}, {learnt}, tune loss {training['tune_loss']:.5f}", training["rows"]
+        told = f"{training['rows']:,} rows, {training['clicks']:,.0f} clicks"
+        if training.get("epochs"):
+            told += f", {training['epochs']} epochs"
+        if training.get("tune_loss") is not None:
+            told += f", tune loss {training['tune_loss']:.5f}"
+        return f"{info['kind']} {info['version']}, {training['mode']}, {told}", training["rows"]
 
     return tell
 
@@ -128,6 +133,7 @@ def _tell_model(folder: Callable[[MonthRun], str]) -> Callable[[MonthRun], tuple
 def _embed(run: MonthRun, flags: Flags) -> None:
     from beam_jobs import embed
 
+    run.manifest(_encoder_folder(run), "encoder")
     if lake.read_manifest(run.storage, _embeddings(run) + "/packs") is None:
         _pipeline(embed.define_pack_pipeline, flags, run, run.encoder)
     # A new encoder has to embed the whole window; otherwise only this month is left.
@@ -152,13 +158,19 @@ def _tell_embed(run: MonthRun) -> tuple[str, int]:
 def _train(run: MonthRun, flags: Flags) -> None:
     from beam_jobs import train
 
+    run.manifest(_encoder_folder(run), "encoder")
+    run.manifest(_embeddings(run), "embed")
     _pipeline(train.define_pipeline, flags, run, train.train_ranker)
 
 
 def _evaluate(run: MonthRun, flags: Flags) -> None:
     from beam_jobs import evaluate
 
-    _pipeline(evaluate.define_pipeline, flags, run, run.manifest(_ranker_folder(run), "train"))
+    candidate = run.manifest(_ranker_folder(run), "train")
+    if candidate.info["training"]["mode"] == "none":
+        evaluate.keep_champion(run, candidate.info["training"]["why"])
+    else:
+        _pipeline(evaluate.define_pipeline, flags, run, candidate)
 
 
 def _tell_evaluate(run: MonthRun) -> tuple[str, int]:
@@ -203,8 +215,8 @@ def _publish(run: MonthRun, flags: Flags) -> None:
 
 
 def _tell_publish(run: MonthRun) -> tuple[str, int]:
-    rows = run.manifest(run.stage("publish"), "publish").info["rows"]
-    return f"{rows:,} rows to {run.config.dataset + '.scores and ' if run.config.dataset else ''}the lookup", rows
+    rows = lake.publications(run.storage, run.month)[-1].rows
+    return f"{rows:,} rows of run {run.id}{' to ' + run.config.dataset + '.scores' if run.config.dataset else ''}", rows
 
 
 def _encoder_folder(run: MonthRun) -> str:

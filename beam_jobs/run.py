@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import pathlib
+import re
 import uuid
 from typing import Any
 
@@ -20,7 +21,7 @@ import pyarrow as pa
 from beam_jobs.config import Config
 from schemas import contract as contracts
 from schemas import lake
-from schemas.contract import Contract
+from schemas.contract import Contract, ContractError
 from schemas.lake import Champion, Manifest
 from schemas.parquet import write_parquet
 from schemas.storage import Entry, Storage, open_storage
@@ -47,6 +48,7 @@ class MonthRun:
         id: digest of the inputs.
         earlier: (month, run) of the window's months before this one that are published, oldest first.
         champion: the pair to refresh from and to compare with; None for a first model.
+        known_encoder: the champion's encoder, if it has been trained; None where one is still to be.
         ads: the month's CSV files.
         launch: unique to this launch of the run; no part of what it is.
     """
@@ -58,6 +60,7 @@ class MonthRun:
     id: str
     earlier: tuple[tuple[str, str], ...]
     champion: Champion | None
+    known_encoder: str | None
     ads: tuple[Entry, ...]
     launch: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex[:12], compare=False)
 
@@ -78,7 +81,7 @@ class MonthRun:
     @property
     def encoder(self) -> str:
         """The encoder of the run's models: the champion's, or one of its own."""
-        return self.champion.encoder if self.champion else self.version
+        return self.known_encoder or self.version
 
     @property
     def spill(self) -> str:
@@ -110,7 +113,12 @@ def prepare(config: Config, month: str) -> MonthRun:
     lake.check_month(month)
     storage = open_storage(config.lake)
     contract = contracts.load(config.contract or contracts.DEFAULT)
-    ads = tuple(entry for entry in storage.entries(lake.raw_ads(month)) if entry.name.endswith((".csv", ".csv.gz")))
+    if config.dataset:
+        _check_names(contract)
+    delivered = storage.entries(lake.raw_ads(month))
+    ads = tuple(entry for entry in delivered if entry.name.lower().endswith((".csv", ".csv.gz")))
+    if odd := [entry.name for entry in delivered if entry not in ads]:
+        log.info("%s and %d more are left out: neither *.csv nor *.csv.gz", odd[0], len(odd) - 1)
     if not ads:
         raise StageError(
             f"month {month} has no ads: expected *.csv or *.csv.gz in {storage.url(lake.raw_ads(month))}; "
@@ -129,7 +137,8 @@ def prepare(config: Config, month: str) -> MonthRun:
         "window": earlier,
         "champion": champion and [champion.encoder, champion.ranker],
     }
-    run = MonthRun(storage, contract, config, month, _digest([month, inputs]), earlier, champion, ads)
+    known = champion.encoder if champion and _is_trained(storage, champion.encoder) else None
+    run = MonthRun(storage, contract, config, month, _digest([month, inputs]), earlier, champion, known, ads)
     if storage.read_json(f"{run.folder}/inputs.json") is None:
         columns = [
             pa.array(column, type)
@@ -154,13 +163,31 @@ def champion_before(storage: Storage, month: str) -> Champion | None:
     from its own future, nor change its id because it promoted its own model.
     """
     champion, _ = lake.read_pointer(storage, lake.CHAMPION, Champion)
-    while champion is not None and champion.month >= month:
-        manifest = lake.read_manifest(storage, lake.model_folder("ranker", champion.ranker))
-        if manifest is None:
+    while champion is not None:
+        made = lake.read_manifest(storage, lake.model_folder("ranker", champion.ranker))
+        if made is None:
             raise StageError(f"ranker {champion.ranker!r} is gone, so what was champion before {month} cannot be told; restore its folder")
-        parent = manifest.info["parent"]
+        if made.info["month"] < month:
+            return champion
+        parent = made.info["parent"]
         champion = Champion(**parent) if parent else None
-    return champion
+    return None
+
+
+def _check_names(contract: Contract) -> None:
+    """BigQuery must be able to hold the columns that the score table shows."""
+    names = [column.name for column in contract.carried]
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,299}", name) or [other.lower() for other in names].count(name.lower()) > 1:
+            raise ContractError(
+                f"contract column {name!r} cannot be a column in BigQuery: expected letters, digits and _ alone, and no other column "
+                "of that name in other letter case; rename it in the export, or leave out the tag segment"
+            )
+
+
+def _is_trained(storage: Storage, encoder: str) -> bool:
+    made = lake.read_manifest(storage, lake.model_folder("encoder", encoder))
+    return made is not None and made.info["training"]["mode"] != "untrained"
 
 
 @functools.cache
@@ -172,20 +199,15 @@ def source_digest() -> str:
 
 
 def _published_window(storage: Storage, contract: Contract, config: Config, month: str) -> tuple[tuple[str, str], ...]:
-    """The newest published run of each earlier month of the window whose rows have this contract."""
+    """The run last published of each earlier month of the window, of those whose rows have this contract."""
     window = []
     for earlier in (lake.month_after(month, -back) for back in range(config.window_months - 1, 0, -1)):
-        published = []
-        for name in storage.names(f"publish/{earlier}/"):
-            manifest = lake.read_manifest(storage, name.rpartition("/")[0]) if name.endswith(lake.MANIFEST) else None
-            if manifest:
-                published.append((manifest.info["published"], manifest.info["contract"], manifest.info["run"]))
-        usable = [(at, run) for at, fingerprint, run in published if fingerprint == contract.fingerprint]
-        if usable:
-            window.append((earlier, max(usable)[1]))
+        published = lake.publications(storage, earlier)
+        readable = [note.run for note in published if note.contract == contract.fingerprint]
+        if readable:
+            window.append((earlier, readable[-1]))
         elif published:
-            _, fingerprint, run = max(published)
-            log.info("%s is left out of training: its run %s has another contract (%s)", earlier, run, fingerprint)
+            log.info("%s is left out of training: its run %s has another contract", earlier, published[-1].run)
     return tuple(window)
 
 

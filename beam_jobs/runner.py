@@ -41,7 +41,7 @@ def checked_options(flags: Sequence[str]) -> PipelineOptions:
     if unknown:
         names = [name for action in parser._actions for name in action.option_strings]
         raise ConfigError(f"unknown Beam flag {unknown[0]!r}{suggestion(unknown[0].partition('=')[0], names)}")
-    if known.runner in ("DirectRunner", "SwitchingDirectRunner"):
+    if (known.runner or "").rpartition(".")[2].lower() in ("directrunner", "switchingdirectrunner", "bundlebaseddirectrunner"):
         raise ConfigError(f"--runner={known.runner} is refused: it is one of two runners, as the network allows; leave it out to run here")
     # 0 is as many as there are cores.
     if known.direct_num_workers not in (None, 1):

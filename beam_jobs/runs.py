@@ -12,7 +12,7 @@ from schemas.lake import Champion, Current
 from schemas.storage import Storage
 
 # The folders that belong to one run of one month, whole; under `creatives` and `embeddings` the packs are every later month's as well.
-OF_A_RUN = ("rows", "rejects", "evaluation", "scores", "lookup", "publish", "runs")
+OF_A_RUN = ("rows", "rejects", "evaluation", "scores", "lookup", "runs")
 _SPILL_SECONDS = 24 * 3600
 
 
@@ -23,7 +23,7 @@ class Run:
     Attributes:
         month, id: which.
         inputs: its `inputs.json`.
-        published: when, in ISO 8601; empty where it is not.
+        published: when it last was, in ISO 8601; empty where it never was.
     """
 
     month: str
@@ -38,8 +38,8 @@ def all_runs(storage: Storage) -> list[Run]:
     for name in storage.names("runs/"):
         if name.endswith("/inputs.json"):
             _, month, id, _ = name.split("/")
-            manifest = lake.read_manifest(storage, lake.stage_folder("publish", month, id))
-            found.append(Run(month, id, storage.read_json(name), manifest.info["published"] if manifest else ""))
+            published = [note.published for note in lake.publications(storage, month) if note.run == id]
+            found.append(Run(month, id, storage.read_json(name), max(published, default="")))
     return sorted(found, key=lambda run: (run.month, run.inputs["created"]))
 
 
@@ -97,7 +97,7 @@ def _garbage(storage: Storage, keep: int) -> Iterator[str]:
     runs = {(run.month, run.id): run for run in all_runs(storage)}
     kept = _kept_runs(storage, runs, keep)
     models = _kept_models(storage, kept)
-    for folder in (*OF_A_RUN, "creatives", "bigquery", "embeddings"):
+    for folder in (*OF_A_RUN, "creatives", "embeddings"):
         for name in storage.names(f"{folder}/"):
             parts = name.split("/")
             if folder == "embeddings" and ("encoder", parts[1]) not in models:

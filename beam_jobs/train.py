@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_jobs.creatives import pack_files
+from beam_jobs.evaluate import is_peer
 from beam_jobs.join import examples, month_rows
 from beam_jobs.run import MonthRun, StageError
 from model import registry
@@ -40,7 +41,7 @@ def train_encoder(run: MonthRun) -> Manifest:
 
     tensorflow.load()
     with registry.local_folder() as folder:
-        summary = _or_stage_error(
+        summary = _learnt(
             run,
             lambda: training.train_encoder(
                 functools.partial(examples, run, None),
@@ -64,7 +65,7 @@ def train_ranker(run: MonthRun) -> Manifest:
     with registry.local_folder() as folder, registry.local_folder() as parent:
         if run.champion:
             registry.fetch(run.storage, "ranker", run.champion.ranker, pathlib.Path(parent))
-        summary = _or_stage_error(
+        summary = _learnt(
             run,
             lambda: training.train_ranker(
                 functools.partial(examples, run, encoder),
@@ -93,11 +94,15 @@ def thumbnails(run: MonthRun) -> Iterator[pa.RecordBatch]:
                 yield found
 
 
-def _or_stage_error(run: MonthRun, train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _learnt(run: MonthRun, train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What training says of itself; where there is nothing to learn from and a champion to go on with, that there is no candidate."""
     try:
         return train()
     except ValueError as error:
-        raise StageError(f"nothing could be learnt from {', '.join(month for month, _ in run.window)}: {error}") from error
+        why = f"nothing could be learnt from {', '.join(month for month, _ in run.window)}: {error}"
+        if is_peer(run):
+            return {"mode": "none", "why": why, "rows": 0, "clicks": 0, "impressions": 0}
+        raise StageError(why) from error
 
 
 def _commit(run: MonthRun, kind: str, folder: str, info: dict[str, Any]) -> Manifest:

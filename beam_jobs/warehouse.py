@@ -13,6 +13,8 @@ from schemas.lake import Manifest
 _AUDITS = pathlib.Path(tables.__file__).with_name("audits")
 _STAGING_HOURS = 24
 _SHOWN = 3
+# BigQuery's API calls these by their old names.
+_ALIASES = {"INTEGER": "INT64", "FLOAT": "FLOAT64"}
 
 
 def connect(project: str, location: str) -> Any:
@@ -50,9 +52,7 @@ class Warehouse:
         self._load([self._run.storage.url(file) for file in scores.files])
         self._audit(scores.rows)
         self._publish()
-        found = self._query(
-            f"SELECT COUNT(*) AS n FROM `{self.table}` WHERE month = DATE '{self._run.month}-01' AND run_id = '{self._run.id}'"
-        )
+        found = self._query(f"SELECT COUNT(*) AS n FROM `{self.table}` WHERE month = DATE '{self._run.month}-01'")
         if found[0]["n"] != scores.rows:
             raise StageError(
                 f"{self.table} holds {found[0]['n']:,} rows of {self._run.month}, expected {scores.rows:,}; run `adstocrat publish` again"
@@ -74,6 +74,16 @@ class Warehouse:
         if missing:
             there.schema = [*there.schema, *missing]
             self._client.update_table(there, ["schema"])
+            # BigQuery has the columns now; the emulator takes them by DDL alone.
+            added = ", ".join(f"ADD COLUMN IF NOT EXISTS `{field.name}` {field.field_type}" for field in missing)
+            self._query(f"ALTER TABLE `{self.table}` {added}", "schema")
+        known = {field.name: _ALIASES.get(field.field_type, field.field_type) for field in there.schema}
+        for field in fields:
+            if known[field.name] != field.field_type:
+                raise StageError(
+                    f"{self.table} has the column {field.name!r} as {known[field.name]}, the contract as {field.field_type}; "
+                    "rename it in the export, or publish to another dataset"
+                )
         staging = self._bigquery.Table(self.staging, schema=fields)
         staging.expires = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=_STAGING_HOURS)
         self._client.create_table(staging, exists_ok=True)

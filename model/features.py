@@ -88,6 +88,8 @@ class Features:
         widths = {"categorical": len(self.categoricals), "numeric": 2 * len(self.numerics)}
         widths |= {"position": len(self.knots) + 1} if self.contract.position else {}
         widths |= {"embedding": self.embedding_width, "has_image": 1, "creative": 1} if self.embedding_width else {}
+        # Where there is nothing else to learn from, a constant stands in.
+        widths |= {} if widths["categorical"] or widths["numeric"] or self.embedding_width else {"constant": 1}
         return {name: width for name, width in widths.items() if width}
 
     def arrays(self, batch: pa.RecordBatch, at_reference: bool) -> Arrays:
@@ -122,6 +124,8 @@ class Features:
         if self.embedding_width:
             out |= _images(batch, self.embedding_width)
             out["creative"] = _ids(batch["creative"], "creative", self.creative_buckets)[:, None]
+        if "constant" in self.widths:
+            out["constant"] = np.ones((len(batch), 1), np.float32)
         return out
 
     def to_json(self) -> str:

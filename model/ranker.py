@@ -31,7 +31,7 @@ def build(features: Features, base_rate: float, dropout: float = 0.1) -> Any:
         for name, width in features.widths.items()
     }
     added = []
-    parts = [inputs[name] for name in ("numeric", "embedding", "has_image") if name in inputs]
+    parts = [inputs[name] for name in ("numeric", "embedding", "has_image", "constant") if name in inputs]
     if "categorical" in inputs:
         # All columns share one table, each with its own range of rows: one gather instead of one a column.
         starts = np.cumsum((0, *features.buckets[:-1])).astype(np.int32)

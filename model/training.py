@@ -123,6 +123,8 @@ def train_encoder(
 ) -> dict[str, Any]:
     """Train an encoder on what the columns and the position leave unexplained of each creative's clicks, and write its folder.
 
+    Where no creative has both a thumbnail and TRAIN rows it is written untrained, since a model is needed all the same.
+
     Args:
         examples: as for `train_ranker`; the batches need no embedding.
         thumbnails: batches of `creative` (string) and `thumbnail` (fixed size binary, 64 x 64 x 3 bytes), each creative once.
@@ -133,7 +135,7 @@ def train_encoder(
         epochs: passes over the thumbnails, at most.
 
     Raises:
-        ValueError: the window has no click or only clicks among its TRAIN rows, or no thumbnail for those that have.
+        ValueError: the window has no click or only clicks among its TRAIN rows.
     """
     _deterministic(seed)
     found = survey(examples(0), contract, 0, None)
@@ -145,13 +147,14 @@ def train_encoder(
     tune = list(itertools.islice(minibatches(_thumbnails(thumbnails, creatives, splits.TUNE), 256, 0, None), _TUNE_THUMBNAILS // 256))
     sizes = [(len(part["clicks"]), part["impressions"].sum(dtype=np.float64)) for part in _thumbnails(thumbnails, creatives, splits.TRAIN)]
     train, impressions = sum(rows for rows, _ in sizes), float(sum(shown for _, shown in sizes))
-    if not train:
-        raise ValueError(
-            f"none of the {creatives.num_rows:,} creatives with labelled rows is a TRAIN creative with a thumbnail; "
-            "expected some: are the month's images there?"
-        )
-    size = min(64, train)
     model = encoder.build()
+    spec = {"kind": "encoder", "fingerprint": contract.fingerprint, "features": found.features.to_json(), "base_rate": found.base_rate}
+    counts = {"rows": found.rows, "clicks": found.clicks, "impressions": found.impressions, "creatives": train}
+    if not train:
+        progress("no creative with a picture and labelled rows to learn from: the encoder stays untrained, until a month has some")
+        _write(model, folder, spec)
+        return {"mode": "untrained", **counts, "epochs": 0, "tune_loss": None}
+    size = min(64, train)
 
     def batches(epoch: int) -> Iterator[Arrays]:
         rng = np.random.default_rng([seed, epoch])
@@ -166,9 +169,7 @@ def train_encoder(
         for batch in minibatches(_thumbnails(thumbnails, creatives, splits.TRAIN), 256, _POOL_THUMBNAILS, None)
     ]
     encoder.standardise(model, np.concatenate(embeddings))
-    trained = {"kind": "encoder", "fingerprint": contract.fingerprint}
-    _write(model, folder, {**trained, "features": found.features.to_json(), "base_rate": found.base_rate})
-    counts = {"rows": found.rows, "clicks": found.clicks, "impressions": found.impressions, "creatives": train}
+    _write(model, folder, spec)
     return {"mode": "scratch", **counts, **descended}
 
 

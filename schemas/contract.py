@@ -101,7 +101,9 @@ class Contract:
             raise ContractError("the outcome is either one column tagged 'clicked', or one tagged 'clicks' and one tagged 'impressions'")
         for column in self.outcomes:
             if column.kind != "int":
-                raise ContractError(f"contract column {column.name!r} is an outcome of type {column.kind!r}; expected INT")
+                raise ContractError(
+                    f"contract column {column.name!r} is an outcome of type {column.kind!r}; expected INT, so whole numbers in the export"
+                )
         if self.position and self.position.kind == "bytes":
             raise ContractError(f"contract column {self.position.name!r} is a position of type BYTES; expected INT or FLOAT")
         if self.image and self.image.kind != "bytes":

@@ -171,7 +171,7 @@ def one_receipt_each(receipts: Sequence[Receipt]) -> Receipt:
 
 @dataclasses.dataclass(frozen=True)
 class Champion:
-    """`models/CHAMPION`: the pair that is published now, and the run that made it so."""
+    """`models/CHAMPION`: the pair that the newest published month was scored with, and the run that published it."""
 
     encoder: str
     ranker: str
@@ -185,6 +185,37 @@ class Current:
 
     month: str
     run: str
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Publication:
+    """One act of publishing: what a month last had of these is what is published of it.
+
+    Attributes:
+        published: when, ISO 8601, UTC; the order of publications.
+        month, run: what.
+        contract: fingerprint of the rows' contract.
+        rows: how many.
+        dataset: where in BigQuery, PROJECT.DATASET; empty where the lookup alone was published.
+    """
+
+    published: str
+    month: str
+    run: str
+    contract: str
+    rows: int
+    dataset: str
+
+
+def publications(storage: Storage, month: str) -> list[Publication]:
+    """All publications of a month, the last one last."""
+    return sorted(Publication(**storage.read_json(name)) for name in storage.names(f"publish/{month}/") if name.endswith(".json"))
+
+
+def note_publication(storage: Storage, publication: Publication) -> None:
+    """Write down that a run was published; nothing is ever taken back, a later note outdoes an earlier one."""
+    name = unique(f"publish/{publication.month}", f"{publication.published}-{publication.run}", ".json")
+    storage.write(name, json.dumps(dataclasses.asdict(publication), indent=1).encode())
 
 
 Pointer = TypeVar("Pointer", Champion, Current)

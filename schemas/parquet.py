@@ -9,15 +9,21 @@ import pyarrow.parquet as pq
 
 from schemas import lake
 from schemas.lake import Receipt
+from schemas.retries import take_retries
 from schemas.storage import Storage, crc32c
 
 BATCH_ROWS = 65_536
+# Of a file whose wide columns are passed over, so much is fetched at a time.
+NARROW_CHUNK = 1 << 18
 
 
 def write_parquet(
     storage: Storage, folder: str, unit: str, batches: Iterable[pa.RecordBatch], counts: Mapping[str, int] | None = None
 ) -> Receipt:
-    """Write batches of one schema as a Parquet file of an attempt-unique name; no batches, no file."""
+    """Write batches of one schema as a Parquet file of an attempt-unique name; no batches, no file.
+
+    A receipt with `counts` also counts the `retries` of this process since the receipt before it.
+    """
     file, rows, checksum = "", 0, ""
     with tempfile.TemporaryDirectory(prefix="adstocrat-") as temporary:
         path = pathlib.Path(temporary) / "part.parquet"
@@ -29,7 +35,7 @@ def write_parquet(
         if writer:
             writer.close()
             file, checksum = upload(storage, path, lake.unique(folder, unit.replace("/", "_"), ".parquet"))
-    return Receipt(unit, file, rows, dict(counts or {}), checksum)
+    return Receipt(unit, file, rows, {} if counts is None else {**counts, **take_retries()}, checksum)
 
 
 class ParquetFile(pq.ParquetWriter):
@@ -53,3 +59,9 @@ def read_parquet(storage: Storage, file: str, columns: list[str] | None = None, 
     """Stream a Parquet file of the lake in batches of up to `rows` rows."""
     with storage.local(file) as path, pq.ParquetFile(path, memory_map=True) as parquet:
         yield from parquet.iter_batches(rows, columns=columns)
+
+
+def read_columns(storage: Storage, file: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Stream some narrow columns of a Parquet file, without fetching the wide ones beside them."""
+    with storage.open(file, NARROW_CHUNK) as stream, pq.ParquetFile(pa.PythonFile(stream, "r")) as parquet:
+        yield from parquet.iter_batches(BATCH_ROWS, columns=columns)

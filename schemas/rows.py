@@ -3,24 +3,29 @@
 Columns are read as bytes and cast here under masks, because a reader that casts by itself loses the whole file to one bad value.
 """
 
+import contextlib
 import dataclasses
+import difflib
 import gzip
-import io
+import itertools
+import re
 import zlib
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as csv
 
+from schemas import csv_records
 from schemas.contract import Column, Contract, ContractError
+from schemas.csv_records import MAX_ROW_BYTES, ROW_TOO_LONG, STRAY_QUOTE, UNCLOSED_QUOTE, Block, Fault, HeaderError, Layout
 
 BLOCK_BYTES = 8 << 20
 MAX_KEY_BYTES = 500
 
-# The closed list of reasons to reject a row; the first that holds is the one that counts.
+# The closed list of reasons to reject a row; the first that holds is the one that counts. Three more are those of `csv_records`.
 FIELD_COUNT = "field_count"
 BAD_ENCODING = "bad_encoding"
 UNPARSABLE = "unparsable"
@@ -29,14 +34,27 @@ OUT_OF_DOMAIN = "out_of_domain"
 CLICKS_OVER_IMPRESSIONS = "clicks_over_impressions"
 KEY_TOO_LONG = "key_too_long"
 IMAGE_OUTSIDE_MONTH = "image_outside_month"
+REASONS = (
+    *(UNCLOSED_QUOTE, STRAY_QUOTE, ROW_TOO_LONG, FIELD_COUNT, BAD_ENCODING, UNPARSABLE, MISSING_REQUIRED, OUT_OF_DOMAIN),
+    *(CLICKS_OVER_IMPRESSIONS, KEY_TOO_LONG, IMAGE_OUTSIDE_MONTH),
+)
 
-REJECTS = pa.schema([("file", pa.string()), ("row", pa.int64()), ("column", pa.string()), ("reason", pa.string()), ("value", pa.string())])
-# What the casts surely take; in a block with a bad value, the others are tried one by one.
+AS_USUAL = Layout()
+_TEXTS = ("column", "reason", "value", "line")
+REJECTS = pa.schema([("file", pa.string()), ("row", pa.int64()), *((name, pa.string()) for name in _TEXTS)])
+_VALUE_BYTES, _LINE_BYTES = 1000, 4096
+# What the casts surely take; where a block has a bad value, the others are tried one by one.
+_SURE_DIGITS = 18
 _INTEGER = r"^-?[0-9]{1,18}$"
 _NUMBER = r"^-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,3})?$"
-_BAD_FILE = (pa.ArrowInvalid, EOFError, gzip.BadGzipFile, zlib.error)
-# A name that leaves the month's images folder: a parent folder, an absolute path, or a URI.
-_OUTSIDE = r"(^|[/\\])\.\.([/\\]|$)|^[/\\]|://|^[A-Za-z]:"
+_BAD_FILE = (EOFError, gzip.BadGzipFile, zlib.error, HeaderError)
+# A name that leaves the month's images folder: a parent folder, an absolute path, a URI, or control characters that hide one.
+_OUTSIDE = (
+    r"(^|[/\\])\s*\.\.\s*([/\\]|$)|^\s*[/\\]|://|^\s*[A-Za-z]:|^\s*[A-Za-z][A-Za-z0-9+.-]*:[/\\]"
+    r"|[\x00-\x1f\x7f]"
+)
+# What could be unescaped into such a name, in this order.
+_ESCAPED = (("(?i)%(25)+", "%"), ("(?i)%2e", "."), ("(?i)%2f", "/"), ("(?i)%5c", r"\\"), ("(?i)%3a", ":"), ("(?i)%([01][0-9a-f]|7f)", "\t"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +63,12 @@ class Checked:
 
     Attributes:
         rows: `key` and the contract's kept columns, typed.
+        numbers: of each of `rows`, the row's number in the file, from 1; turned away rows have numbers too, blank lines have none.
         rejects: what was turned away, as `REJECTS`.
     """
 
     rows: pa.RecordBatch
+    numbers: np.ndarray
     rejects: pa.RecordBatch
 
     @property
@@ -61,87 +81,149 @@ def row_schema(contract: Contract) -> pa.Schema:
     return pa.schema([("key", pa.string()), *((column.name, column.arrow_type) for column in contract.kept)])
 
 
-def read_rows(stream: BinaryIO, contract: Contract, file: str) -> Iterator[Checked]:
+def read_rows(
+    stream: BinaryIO, contract: Contract, file: str, layout: Layout = AS_USUAL, span: tuple[int, int] | None = None
+) -> Iterator[Checked]:
     """Stream one CSV file as checked blocks, in the order of the file.
 
     Args:
         stream: the file's bytes; unpacked here where `file` ends in `.gz`.
         file: its name, for rejects and errors.
+        layout: how it is written.
+        span: only the rows that begin in these bytes, [start, end), of a file that can be split; they are numbered from 1.
 
     Raises:
-        ContractError: the header lacks a column of the contract.
+        ContractError: the header lacks a column of the contract, or the file is no CSV.
     """
-    plain: Any = _Unsplit(gzip.GzipFile(fileobj=stream) if file.endswith(".gz") else stream)
-    wrong_count: list[tuple[int, str]] = []
-
-    def skip(row: csv.InvalidRow) -> str:
-        wrong_count.append((row.number - 2, row.text))
-        return "skip"
-
-    try:
-        reader = csv.open_csv(
-            plain,
-            read_options=csv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES),
-            parse_options=csv.ParseOptions(newlines_in_values=True, invalid_row_handler=skip),
-            convert_options=csv.ConvertOptions(
-                include_columns=[column.name for column in contract.kept],
-                column_types={column.name: pa.binary() for column in contract.kept},
-                null_values=[""],
-                strings_can_be_null=True,
-            ),
-        )
-    except _BAD_FILE as error:
-        if "Empty CSV file" in str(error):
+    with _told(file):
+        names, pieces = csv_records.open_file(stream, file, layout, BLOCK_BYTES, span)
+        if names is None:
             return
-        raise ContractError(f"{file} cannot be read as CSV: {error}") from None
-    except pa.ArrowKeyError as error:
-        raise ContractError(f"{file} lacks a column of the contract: {error}; add it to the export or drop it from the contract") from None
-    parsed, reported = 0, 0
-    for batch in _told(reader, file):
-        # A row that the parser skipped has a number all the same: shift the numbers of those behind it.
-        skipped = np.array([number for number, _ in wrong_count], np.int64)
-        index = np.arange(parsed, parsed + batch.num_rows)
-        numbers = index + 1 + np.searchsorted(skipped - np.arange(len(skipped)), index, side="right")
-        yield check(batch, contract, file, numbers, wrong_count[reported:])
-        parsed, reported = parsed + batch.num_rows, len(wrong_count)
-    if reported < len(wrong_count):
-        empty = pa.RecordBatch.from_pylist([], pa.schema([(column.name, pa.binary()) for column in contract.kept]))
-        yield check(empty, contract, file, np.empty(0, np.int64), wrong_count[reported:])
+        columns = _places(names, contract, file)
+        before = 0
+        for block in csv_records.blocks(pieces, layout, MAX_ROW_BYTES):
+            checked = _checked(block, len(names), columns, contract, file, before)
+            before += checked.read
+            yield checked
 
 
-class _Unsplit(io.RawIOBase):
-    """A stream whose pieces never end between CR and LF: Arrow drops such an LF, even inside quotes."""
-
-    def __init__(self, stream: Any):
-        self._stream, self._held = stream, b""
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._held + self._stream.read(size - len(self._held))
-        self._held = b"\r" if len(data) > 1 and data.endswith(b"\r") else b""
-        return data[: len(data) - len(self._held)]
-
-
-def _told(reader: csv.CSVStreamingReader, file: str) -> Iterator[pa.RecordBatch]:
-    """The reader's batches; what ends them early is told with the file's name."""
+@contextlib.contextmanager
+def _told(file: str) -> Iterator[None]:
+    """What ends a file early is told with its name."""
     try:
-        yield from reader
+        yield
     except _BAD_FILE as error:
-        raise ContractError(f"{file} cannot be read as CSV: {error}") from None
+        raise ContractError(f"{file} cannot be read as CSV: {error}; deliver the file again") from None
 
 
-def check(batch: pa.RecordBatch, contract: Contract, file: str, numbers: np.ndarray, wrong_count: list[tuple[int, str]]) -> Checked:
-    """Type one block and turn bad rows away.
+def _places(names: list[str], contract: Contract, file: str) -> dict[str, int]:
+    """Where in a record each kept column stands, by its name."""
+    for column in contract.kept:
+        if names.count(column.name) > 1:
+            raise ContractError(f"{file} has the column {column.name!r} {names.count(column.name)} times; keep one of them in the export")
+        if column.name not in names:
+            spellings = {re.sub(r"[\W_]+", "", name).lower(): name for name in names}
+            near = difflib.get_close_matches(re.sub(r"[\W_]+", "", column.name).lower(), spellings, 1, 0.7)
+            there = ", ".join(map(repr, names[:50]))[:1000]
+            raise ContractError(
+                f"{file} lacks a column of the contract: {column.name!r}; its header is {there}"
+                + (f", did you mean {spellings[near[0]]!r}?" if near else "")
+                + "; add it to the export or drop it from the contract"
+            )
+    return {column.name: names.index(column.name) for column in contract.kept}
+
+
+def _checked(block: Block, width: int, columns: dict[str, int], contract: Contract, file: str, before: int) -> Checked:
+    """Parse a block's records and turn the bad ones away.
 
     Args:
-        batch: the kept columns as binary.
-        numbers: data row number in the file of each row, from 1, shape (rows,).
-        wrong_count: (index from 0, text) of rows that had too few or too many fields.
+        width: fields of a record.
+        columns: of which these are kept, each at its place.
+        before: records of the file before the block's.
     """
-    rejecter = _Rejecter(batch.num_rows)
-    typed = {column.name: _typed(column, batch[column.name], rejecter) for column in contract.kept}
+    wrong_count: list[int] = []
+
+    def skip(row: csv.InvalidRow) -> str:
+        wrong_count.append(row.number - 1)
+        return "skip"
+
+    _turn_away_bad_texts(block, width)
+    data = block.clean() or b"\n"
+    places = [str(place) for place in columns.values()]
+    table = csv.read_csv(
+        pa.BufferReader(pa.py_buffer(data)),
+        # One chunk, which holds whole records: where it ends need not be looked for again.
+        csv.ReadOptions(use_threads=False, block_size=len(data) + 1, column_names=[str(place) for place in range(width)]),
+        csv.ParseOptions(newlines_in_values=False, invalid_row_handler=skip),
+        csv.ConvertOptions(
+            include_columns=places, column_types=dict.fromkeys(places, pa.binary()), null_values=[""], strings_can_be_null=True
+        ),
+    ).combine_chunks()
+    values = {name: _one_chunk(table[place]) for name, place in zip(columns, places, strict=True)}
+    rows, rejecter = check(values, contract)
+    records = len(rows) + len(wrong_count) + len(block.faults)
+    if not (rejecter.found or wrong_count or block.faults):
+        return Checked(rows, before + np.arange(1, records + 1), pa.RecordBatch.from_pylist([], REJECTS))
+    starts, ends = block.bounds
+    assert len(starts) == records, f"{file}: {len(starts)} records were cut and {records} were read, after record {before}"
+    # Which of the records each parsed row is: those that are left when the others are struck out.
+    parsed = np.ones(records, bool)
+    faulty = np.searchsorted(starts, [fault.start for fault in block.faults])
+    parsed[faulty] = False
+    miscounted = np.flatnonzero(parsed)[wrong_count]
+    parsed[miscounted] = False
+    of_row = np.flatnonzero(parsed)
+    # (record, column, reason, value); a record that is turned away whole shows its line as its value.
+    found: list[tuple[int, str, str, bytes | None]] = [
+        (int(of_row[row]), column, reason, values[column][row].as_py())
+        for rows_, column, reason in rejecter.found
+        for row in rows_.tolist()
+    ]
+    lines = itertools.chain(
+        ((record, FIELD_COUNT) for record in miscounted.tolist()),
+        zip(faulty.tolist(), (fault.reason for fault in block.faults), strict=True),
+    )
+    found += [(record, "", reason, block.data[starts[record] : ends[record]][:_LINE_BYTES]) for record, reason in lines]
+    found.sort(key=lambda reject: reject[0])
+    rejects = {
+        "file": [file] * len(found),
+        "row": [before + 1 + record for record, *_ in found],
+        "column": [column for _, column, _, _ in found],
+        "reason": [reason for _, _, reason, _ in found],
+        "value": [None if value is None else csv_records.shown(value, _VALUE_BYTES) for *_, value in found],
+        "line": [csv_records.shown(block.data[starts[record] : ends[record]], _LINE_BYTES) for record, *_ in found],
+    }
+    good = ~rejecter.rejected
+    numbers = before + 1 + of_row[good]
+    return Checked(rows.filter(pa.array(good)) if rejecter.found else rows, numbers, pa.RecordBatch.from_pydict(rejects, REJECTS))
+
+
+def _turn_away_bad_texts(block: Block, width: int) -> None:
+    """Turn away the records that are no UTF-8 and have another number of fields too: Arrow cannot tell of these, and gives up."""
+    if block.data.isascii() or _casts(_texts(block, np.array([0, block.end])), pa.string()):
+        return
+    starts, ends = block.bounds
+    known = {fault.start for fault in block.faults}
+    for record in np.flatnonzero(_unfit(_texts(block, np.append(starts, block.end)), pa.string())):
+        start, end = int(starts[record]), int(ends[record])
+        if start not in known and csv_records.field_count(block.data[start:end]) != width:
+            block.faults.append(Fault(start, end, FIELD_COUNT))
+    block.faults.sort(key=lambda fault: fault.start)
+
+
+def _texts(block: Block, edges: np.ndarray) -> pa.Array:
+    """A block's bytes from each edge to the next."""
+    return pa.Array.from_buffers(pa.binary(), len(edges) - 1, [None, pa.py_buffer(edges.astype(np.int32)), pa.py_buffer(block.data)])
+
+
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks else pa.array([], column.type)
+
+
+def check(values: dict[str, pa.Array], contract: Contract) -> tuple[pa.RecordBatch, "Rejecter"]:
+    """Type the kept columns of one block, binary by name: all rows typed, and which of them are turned away."""
+    rejecter = Rejecter(len(next(iter(values.values()))))
+    typed = {column.name: _typed(column, values[column.name], rejecter) for column in contract.kept}
     for column in contract.kept:
         _check_domain(column, typed[column.name], rejecter)
     if contract.clicked:
@@ -153,11 +235,42 @@ def check(batch: pa.RecordBatch, contract: Contract, file: str, numbers: np.ndar
             rejecter.reject(pc.less(typed[outcome.name], 0), outcome.name, OUT_OF_DOMAIN)
         rejecter.reject(pc.greater(clicks, impressions), contract.clicks.name, CLICKS_OVER_IMPRESSIONS)
     if contract.image:
-        rejecter.reject(pc.match_substring_regex(typed[contract.image.name], _OUTSIDE), contract.image.name, IMAGE_OUTSIDE_MONTH)
+        rejecter.reject(_outside(typed[contract.image.name]), contract.image.name, IMAGE_OUTSIDE_MONTH)
     key = key_of([typed[column.name] for column in contract.key])
     rejecter.reject(pc.greater(pc.binary_length(key), MAX_KEY_BYTES), contract.key[0].name, KEY_TOO_LONG)
-    rows = pa.RecordBatch.from_arrays([key, *typed.values()], schema=row_schema(contract))
-    return Checked(rows if rejecter.none else rows.filter(pa.array(~rejecter.rejected)), rejecter.table(batch, file, numbers, wrong_count))
+    return pa.RecordBatch.from_arrays([key, *typed.values()], schema=row_schema(contract)), rejecter
+
+
+def _outside(images: pa.Array) -> pa.Array:
+    """Whether each name leaves the month's images folder, as it stands or unescaped."""
+    offsets, data = _bytes_of(images)
+    odd = (data < 0x20) | (data == 0x7F)
+    for byte in rb"/\:%":
+        odd |= data == byte
+    odd[1:] |= (data[1:] == ord(".")) & (data[:-1] == ord("."))
+    # Most names have none of these, and a search for each would take as long as reading it.
+    rows = _rows_with(odd, offsets)
+    names = images.take(pa.array(rows))
+    outside = pc.match_substring_regex(names, _OUTSIDE)
+    for pattern, meant in _ESCAPED:
+        names = pc.replace_substring_regex(names, pattern, meant)
+    found = np.zeros(len(images), bool)
+    found[rows] = pc.or_(outside, pc.match_substring_regex(names, _OUTSIDE)).fill_null(False).to_numpy(zero_copy_only=False)
+    return pa.array(found)
+
+
+def _bytes_of(values: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """The bytes of texts one after the other, and where each starts in them, and the last ends."""
+    _, offsets, data = values.buffers()
+    if not len(values) or data is None:
+        return np.zeros(len(values) + 1, np.int32), np.empty(0, np.uint8)
+    places = np.frombuffer(offsets, np.int32)[values.offset : values.offset + len(values) + 1]
+    return places - places[0], np.frombuffer(data, np.uint8)[places[0] : places[-1]]
+
+
+def _rows_with(odd: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """The rows that hold an odd byte."""
+    return np.unique(np.searchsorted(offsets, np.flatnonzero(odd), side="right") - 1)
 
 
 def key_of(columns: list[pa.Array]) -> pa.Array:
@@ -169,16 +282,17 @@ def key_of(columns: list[pa.Array]) -> pa.Array:
     return pc.binary_join_element_wise(*escaped, "|")
 
 
-class _Rejecter:
-    """Collects the first reason against each row of a block."""
+class Rejecter:
+    """Collects the first reason against each row of a block.
+
+    Attributes:
+        rejected: whether each row is turned away, shape (rows,).
+        found: (rows, column, reason), each row once.
+    """
 
     def __init__(self, rows: int):
         self.rejected = np.zeros(rows, bool)
-        self._found: list[tuple[np.ndarray, str, str]] = []
-
-    @property
-    def none(self) -> bool:
-        return not self._found
+        self.found: list[tuple[np.ndarray, str, str]] = []
 
     def reject(self, mask: pa.Array, column: str, reason: str) -> None:
         """Turn away the rows where `mask` is true (null is not), unless they are already."""
@@ -187,50 +301,49 @@ class _Rejecter:
         fresh = pc.fill_null(mask, False).to_numpy(zero_copy_only=False) & ~self.rejected
         if fresh.any():
             self.rejected |= fresh
-            self._found.append((np.flatnonzero(fresh), column, reason))
-
-    def table(self, batch: pa.RecordBatch, file: str, numbers: np.ndarray, wrong_count: list[tuple[int, str]]) -> pa.RecordBatch:
-        found: list[dict[str, Any]] = [
-            {"file": file, "row": int(numbers[row]), "column": column, "reason": reason, "value": _shown(batch[column][row].as_py())}
-            for rows, column, reason in self._found
-            for row in rows.tolist()
-        ]
-        found += [
-            {"file": file, "row": index + 1, "column": "", "reason": FIELD_COUNT, "value": text[:1000]} for index, text in wrong_count
-        ]
-        return pa.RecordBatch.from_pylist(sorted(found, key=lambda reject: reject["row"]), REJECTS)
+            self.found.append((np.flatnonzero(fresh), column, reason))
 
 
-def _shown(value: bytes | None) -> str | None:
-    return None if value is None else value[:1000].decode(errors="backslashreplace")
-
-
-def _typed(column: Column, values: pa.Array, rejecter: _Rejecter) -> pa.Array:
+def _typed(column: Column, values: pa.Array, rejecter: Rejecter) -> pa.Array:
     """The column in its own type; a value that is not of it is null and rejects its row."""
     if column.required:
         rejecter.reject(values.is_null(), column.name, MISSING_REQUIRED)
-    try:
-        text = values.cast(pa.string())
-    except pa.ArrowInvalid:
-        good = pa.array([value is None or _is_utf8(value) for value in values.to_pylist()])
-        rejecter.reject(pc.invert(good), column.name, BAD_ENCODING)
-        text = pc.if_else(good, values, None).cast(pa.string())
-    if column.kind == "bytes":
-        return text
-    try:
-        return text.cast(column.arrow_type)
-    except pa.ArrowInvalid:
-        # Whether a value is of the type is the cast's word, as above, so that it never depends on the rows beside it.
-        surely = pc.match_substring_regex(text, _INTEGER if column.kind == "int" else _NUMBER)
-        known = pc.fill_null(surely, True).to_numpy(zero_copy_only=False).copy()
-        for row in np.flatnonzero(~known).tolist():
-            known[row] = _casts(text[row], column.arrow_type)
-        good = pa.array(known)
-        rejecter.reject(pc.invert(good), column.name, UNPARSABLE)
-        return pc.if_else(good, text, None).cast(column.arrow_type)
+    text = _cast(values, pa.string(), column.name, BAD_ENCODING, rejecter)
+    return text if column.kind == "bytes" else _cast(text, column.arrow_type, column.name, UNPARSABLE, rejecter)
 
 
-def _casts(value: pa.Scalar, kind: pa.DataType) -> bool:
+def _cast(values: pa.Array, kind: pa.DataType, column: str, reason: str, rejecter: Rejecter) -> pa.Array:
+    """The values as `kind`; those that are not of it are null and reject their rows."""
+    try:
+        return values.cast(kind)
+    except pa.ArrowInvalid:
+        bad = _unfit(values, kind)
+        rejecter.reject(pa.array(bad), column, reason)
+        return pc.if_else(pa.array(bad), None, values).cast(kind)
+
+
+def _unfit(values: pa.Array, kind: pa.DataType) -> np.ndarray:
+    """Whether each value does not cast. It is the cast's word, as for all of them at once: it never depends on the rows beside it."""
+    offsets, data = _bytes_of(values)
+    # Most rows are surely good: text in ASCII, and digits.
+    rows = _rows_with(data >= 0x80 if kind == pa.string() else (data < ord("0")) | (data > ord("9")), offsets)
+    if kind == pa.int64():
+        rows = np.union1d(rows, np.flatnonzero(np.diff(offsets) > _SURE_DIGITS))
+    doubtful = values.take(pa.array(rows))
+    if kind == pa.string():
+        casts = [_is_utf8(value) for value in doubtful.to_pylist()]
+    else:
+        surely = pc.match_substring_regex(doubtful, _INTEGER if kind == pa.int64() else _NUMBER)
+        # What was no text is null by now.
+        casts = pc.fill_null(surely, True).to_numpy(zero_copy_only=False).copy()
+        for row in np.flatnonzero(~casts).tolist():
+            casts[row] = _casts(doubtful[row], kind)
+    bad = np.zeros(len(values), bool)
+    bad[rows] = ~np.array(casts, bool)
+    return bad
+
+
+def _casts(value: pa.Array | pa.Scalar, kind: pa.DataType) -> bool:
     try:
         value.cast(kind)
     except pa.ArrowInvalid:
@@ -246,7 +359,7 @@ def _is_utf8(value: bytes) -> bool:
     return True
 
 
-def _check_domain(column: Column, values: pa.Array, rejecter: _Rejecter) -> None:
+def _check_domain(column: Column, values: pa.Array, rejecter: Rejecter) -> None:
     if column.minimum is not None:
         rejecter.reject(pc.less(values, column.minimum), column.name, OUT_OF_DOMAIN)
     if column.maximum is not None:

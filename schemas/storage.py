@@ -19,12 +19,17 @@ import pathlib
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
+from schemas.retries import READ_TIMEOUT, again, ask
+
 CONNECTIONS = 64
 STREAM_CHUNK = 8 << 20
+# Metadata of what is written on a condition: which write it is.
+WRITE = "adstocrat-write"
+BYTES = "application/octet-stream"
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -64,8 +69,8 @@ class Storage(abc.ABC):
         """The object's bytes, or a range of them. Raises FileNotFoundError."""
 
     @abc.abstractmethod
-    def open(self, name: str) -> BinaryIO:
-        """A stream over the object that holds a few MiB of it at a time. Raises FileNotFoundError."""
+    def open(self, name: str, chunk: int = STREAM_CHUNK) -> BinaryIO:
+        """A stream over the object that fetches and holds `chunk` bytes of it at a time. Raises FileNotFoundError."""
 
     @abc.abstractmethod
     def write(self, name: str, data: bytes) -> None:
@@ -190,7 +195,7 @@ class Folder(Storage):
             stream.seek(offset)
             return stream.read(-1 if length is None else length)
 
-    def open(self, name: str) -> BinaryIO:
+    def open(self, name: str, chunk: int = STREAM_CHUNK) -> BinaryIO:
         return open(self._root / name, "rb")
 
     def write(self, name: str, data: bytes) -> None:
@@ -274,11 +279,19 @@ class Bucket(Storage):
     def _blob(self, name: str) -> Any:
         return self._bucket.blob(self._prefix + name)
 
-    def _blobs(self, prefix: str) -> Iterable[Any]:
-        fields = "items(name,size,crc32c,updated),nextPageToken"
-        blobs = _client().list_blobs(self._bucket, prefix=self._prefix + prefix, fields=fields)
-        # As in a folder, what begins with a dot is nobody's data.
-        return (blob for blob in blobs if "/." not in "/" + blob.name[len(self._prefix) :])
+    def _blobs(self, prefix: str) -> list[Any]:
+        fields, found, token = "items(name,size,crc32c,updated),nextPageToken", [], None
+
+        def page() -> tuple[list[Any], str | None]:
+            blobs = _client().list_blobs(self._bucket, prefix=self._prefix + prefix, fields=fields, page_token=token, retry=None)
+            return list(next(blobs.pages, ())), blobs.next_page_token
+
+        while True:
+            blobs, token = ask(page, self.uri)
+            # As in a folder, what begins with a dot is nobody's data.
+            found += [blob for blob in blobs if "/." not in "/" + blob.name[len(self._prefix) :]]
+            if token is None:
+                return found
 
     def names(self, prefix: str) -> list[str]:
         return sorted(blob.name[len(self._prefix) :] for blob in self._blobs(prefix))
@@ -292,18 +305,16 @@ class Bucket(Storage):
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         if length == 0:
             return b""
-        end = None if length is None else offset + length - 1
-        with self._not_found(name):
-            return self._blob(name).download_as_bytes(start=offset or None if length is None else offset, end=end)
+        span = {} if not offset and length is None else {"start": offset, "end": None if length is None else offset + length - 1}
+        return ask(lambda: self._blob(name).download_as_bytes(**span, retry=None, timeout=READ_TIMEOUT), self.uri, name)
 
-    def open(self, name: str) -> BinaryIO:
-        with self._not_found(name):
-            blob = self._blob(name)
-            blob.reload()
-            return io.BufferedReader(blob.open("rb", chunk_size=STREAM_CHUNK), STREAM_CHUNK)
+    def open(self, name: str, chunk: int = STREAM_CHUNK) -> BinaryIO:
+        # A piece that comes short is no end: the reader goes on from where it ended.
+        reader = self._found(name).open("rb", chunk_size=chunk, retry=again, timeout=READ_TIMEOUT)
+        return io.BufferedReader(reader, chunk)
 
     def write(self, name: str, data: bytes) -> None:
-        self._blob(name).upload_from_string(data, content_type="application/octet-stream", checksum="crc32c")
+        self._put(name, data)
 
     def create(self, name: str, data: bytes) -> bool:
         return self._conditional(name, 0, data)
@@ -312,54 +323,64 @@ class Bucket(Storage):
         return self._conditional(name, int(version or 0), data)
 
     def read_versioned(self, name: str) -> tuple[bytes, str] | tuple[None, None]:
-        from google.api_core.exceptions import NotFound, PreconditionFailed
+        from google.api_core.exceptions import PreconditionFailed
 
-        while (blob := self._bucket.get_blob(self._prefix + name)) is not None:
+        while True:
+            try:
+                blob = self._found(name)
+            except FileNotFoundError:
+                return None, None
             # Taken before the download, which sets the blob's own generation from a header that not every server sends.
             generation = blob.generation
+            options = {"if_generation_match": generation, "retry": None, "timeout": READ_TIMEOUT}
             # The object moved between the two requests: look again.
-            with contextlib.suppress(NotFound, PreconditionFailed):
-                return blob.download_as_bytes(if_generation_match=generation), str(generation)
-        return None, None
+            with contextlib.suppress(FileNotFoundError, PreconditionFailed):
+                return ask(functools.partial(blob.download_as_bytes, **options), self.uri, name), str(generation)
 
     def upload(self, path: pathlib.Path, name: str) -> None:
-        self._blob(name).upload_from_filename(str(path), content_type="application/octet-stream", checksum="crc32c")
+        ask(lambda: self._blob(name).upload_from_filename(str(path), content_type=BYTES, checksum="crc32c", retry=None), self.uri)
 
     @contextlib.contextmanager
     def local(self, name: str) -> Iterator[pathlib.Path]:
         with tempfile.TemporaryDirectory(prefix="adstocrat-") as folder:
             path = pathlib.Path(folder) / pathlib.PurePosixPath(name).name
-            with self._not_found(name):
-                self._blob(name).download_to_filename(str(path))
+            ask(lambda: self._blob(name).download_to_filename(str(path), retry=None, timeout=READ_TIMEOUT), self.uri, name)
             yield path
 
     def delete(self, prefix: str) -> None:
-        from google.api_core.exceptions import NotFound
-
         for blob in self._blobs(prefix):
-            with contextlib.suppress(NotFound):
-                blob.delete()
+            with contextlib.suppress(FileNotFoundError):
+                ask(functools.partial(blob.delete, retry=None), self.uri)
 
     def url(self, name: str) -> str:
         return f"{self.uri}/{name}"
 
+    def _found(self, name: str) -> Any:
+        """The object with what is known of it."""
+        blob = self._blob(name)
+        ask(lambda: blob.reload(retry=None, timeout=READ_TIMEOUT), self.uri, name)
+        return blob
+
+    def _put(self, name: str, data: bytes, write: str = "", **condition: int) -> None:
+        def put() -> None:
+            blob = self._blob(name)
+            blob.metadata = {WRITE: write} if write else None
+            blob.upload_from_string(data, content_type=BYTES, checksum="crc32c", retry=None, **condition)
+
+        ask(put, self.uri)
+
     def _conditional(self, name: str, generation: int, data: bytes) -> bool:
         from google.api_core.exceptions import PreconditionFailed
 
+        write = uuid.uuid4().hex
         try:
-            self._blob(name).upload_from_string(data, content_type="application/json", if_generation_match=generation, checksum="crc32c")
+            self._put(name, data, write, if_generation_match=generation)
         except PreconditionFailed:
+            # Refused, or done by a try whose answer was lost: then it is this very write that lies there.
+            with contextlib.suppress(FileNotFoundError):
+                return (self._found(name).metadata or {}).get(WRITE) == write
             return False
         return True
-
-    @contextlib.contextmanager
-    def _not_found(self, name: str) -> Iterator[None]:
-        from google.api_core.exceptions import NotFound
-
-        try:
-            yield
-        except NotFound as error:
-            raise FileNotFoundError(self.url(name)) from error
 
 
 @functools.cache
@@ -368,6 +389,8 @@ def _client() -> Any:
     from google.cloud import storage  # type: ignore[attr-defined]
     from requests.adapters import HTTPAdapter
 
+    # It would ask for the bucket itself at times, behind our back, to name it in traces that nobody takes.
+    os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
     client = storage.Client()
     adapter = HTTPAdapter(pool_maxsize=CONNECTIONS, pool_connections=CONNECTIONS)
     client._http.mount("https://", adapter)

@@ -23,7 +23,7 @@ from schemas.storage import open_storage
 MONTH, SHARDS = "2026-08", 3
 # What Beam itself puts in: no element of ours passes there but once a stage, when its receipts are collected.
 BEAMS_OWN = ("/DoOnce/", "/KeyWithVoid", "/CombinePerKey/", "/UnKey", "/InjectDefault", "/MaybeReshuffle", "/Impulse")
-SMALL = (Section, Unit, ShardPair, Receipt, Manifest)
+SMALL = (Section, Unit, ShardPair, ingest.Part, Receipt, Manifest)
 
 # The edges that carry batches, by pipeline: no more and no fewer.
 CARRY_BATCHES = {
@@ -39,7 +39,7 @@ CARRY_BATCHES = {
 }
 # What goes through a shuffle, by pipeline: addresses, names and receipts.
 SHUFFLED = {
-    "ingest": {"SpreadFiles", "ShardByImage/GroupByShard", "SpreadShards", "CommitRows/GroupByUnit"},
+    "ingest": {"SpreadFiles", "GroupByFile", "ShardByImage/GroupByShard", "SpreadShards", "CommitRows/GroupByUnit"},
     "creatives pack": {
         *("SpreadListing", "SpreadKnown", "ShardListing/GroupByShard", "ShardKnown/GroupByShard"),
         *("PairShards/CoGroupByKeyImpl", "SpreadPairs", "CommitPacks/GroupByUnit"),

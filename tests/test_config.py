@@ -60,6 +60,10 @@ def test_flags_alone_are_enough() -> None:
         ("lake: gs://bucket\ndataset: ads", "dataset is 'ads'; expected PROJECT.DATASET, such as my-project.ads"),
         ("lake: gs://bucket\ndataset: p.d.t", "dataset is 'p.d.t'; expected PROJECT.DATASET"),
         ("lake: gs://bucket\ndataset: 1.5", "dataset is 1.5; expected text"),
+        ("lake: ./a\ncsv_newlines_in_values: 1", "csv_newlines_in_values is 1; expected true or false"),
+        ("lake: ./a\ncsv_encoding: latin-9000", "csv_encoding is 'latin-9000'; expected an encoding that Python knows, such as latin-1"),
+        ("lake: ./a\ncsv_encoding: base64", "csv_encoding is 'base64'; expected an encoding"),
+        ("lake: ./a\ncsv_encoding: 8", "csv_encoding is 8; expected an encoding"),
         ("lake: ./a\ncontract: 7", "contract is 7; expected text"),
         ("lake: ./a\nbigquery_location: null", "bigquery_location is None; expected text"),
         ("lake: ./a\ndataset: p.d", "dataset is 'p.d' but lake is the folder './a', which BigQuery cannot load from; use gs://"),
@@ -88,7 +92,8 @@ def test_a_close_name_is_suggested(name: str, expected: str) -> None:
 def test_only_settings_that_change_what_is_computed_make_another_run() -> None:
     plain = Config("./a")
     other = Config("gs://bucket", "p.d", "c.pbtxt", fetch_threads=99, bigquery_location="EU", max_bytes_billed=1)
-    assert plain.affecting_model() == other.affecting_model() == {"window_months": 3, "seed": 0}
+    expected = {"window_months": 3, "seed": 0, "csv_newlines_in_values": True, "csv_encoding": "utf-8"}
+    assert plain.affecting_model() == other.affecting_model() == expected
     assert Config("./a", seed=1).affecting_model() != plain.affecting_model()
 
 

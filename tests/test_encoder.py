@@ -105,5 +105,9 @@ def test_errors(trained: tuple[pathlib.Path, list[np.ndarray]], tmp_path: pathli
         encoder.Encoder.load(trained[0]).embed(np.zeros((1, 32, 32, 3), np.uint8))
     with pytest.raises(ValueError, match=r"0 clicks in .* labelled rows"):
         training.train_encoder(examples(clicks=False), thumbnails, CONTRACT, 0, tmp_path, lambda line: None)
-    with pytest.raises(ValueError, match="images there"):
-        training.train_encoder(examples(), lambda: iter(()), CONTRACT, 0, tmp_path, lambda line: None)
+
+
+def test_without_pictures_it_stays_untrained_and_runs(tmp_path: pathlib.Path) -> None:
+    summary = training.train_encoder(examples(), lambda: iter(()), CONTRACT, 0, tmp_path, lambda line: None)
+    assert summary["mode"] == "untrained" and summary["creatives"] == 0
+    assert np.isfinite(encoder.Encoder.load(tmp_path).embed(np.zeros((3, 64, 64, 3), np.uint8))).all()

@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import pathlib
 from collections import Counter
@@ -13,8 +14,8 @@ from beam_jobs.run import MonthRun, prepare
 from beam_jobs.runner import run_pipeline
 from schemas import contract as contracts
 from schemas.hashing import hash64, salted
-from schemas.lake import Manifest, raw_ads, shard_of_unit
-from schemas.parquet import read_parquet
+from schemas.lake import Manifest, Receipt, raw_ads, shard_of_unit
+from schemas.parquet import read_parquet, write_parquet
 from schemas.rows import REJECTS, read_rows, row_schema
 from schemas.sample import write_months
 from schemas.storage import Entry, Folder
@@ -136,6 +137,38 @@ def test_a_file_without_a_column_is_an_error_that_names_it(tmp_path: pathlib.Pat
     Folder(str(tmp_path)).write(raw_ads(MONTH) + "short.csv", b"ad_id,advertiser\na,b\n")
     with pytest.raises(contracts.ContractError, match=r"short\.csv lacks a column of the contract"):
         ingested(Config(lake=str(tmp_path)))
+
+
+@pytest.mark.parametrize("split_bytes", [1_000, 20_000])
+def test_a_file_that_is_read_in_parts_gives_the_same(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, split_bytes: int) -> None:
+    monkeypatch.setattr(ingest, "SPLIT_BYTES", split_bytes)
+    config = dataclasses.replace(deliver(tmp_path), csv_newlines_in_values=False)
+    run, manifest = ingested(config)
+    parts = [part for entry in run.ads for part in ingest.parts_of(entry, ingest.layout_of(config))]
+    assert len(parts) > len(run.ads) and {part.parts for part in parts if part.file.endswith(".gz")} == {1}
+    rows, rejects = direct(run)
+    files = {receipt.unit: receipt for receipt in manifest.receipts if receipt.unit.startswith("file/")}
+    assert files.keys() == {f"file/{entry.name}" for entry in run.ads}
+    found = [row for unit in sorted(files) if files[unit].file for row in table(run, [files[unit].file], REJECTS).to_pylist()]
+    assert found == rejects.to_pylist()
+    shards = [receipt.file for receipt in manifest.receipts if receipt.unit.startswith("shard/")]
+    assert sorted(table(run, shards, row_schema(CONTRACT))["key"].to_pylist()) == sorted(rows["key"].to_pylist())
+    assert manifest.count("read") == rows.num_rows + rejects.num_rows == manifest.count("ingested") + len(found)
+    assert not {file for file in manifest.files if file.startswith("spill/")}
+
+
+def test_a_part_that_was_read_twice_counts_once(tmp_path: pathlib.Path) -> None:
+    storage = Folder(str(tmp_path))
+    reject = pa.RecordBatch.from_pylist(
+        [{"file": "f", "row": 2, "column": "", "reason": "field_count", "value": "x", "line": "x"}], REJECTS
+    )
+
+    def part(number: int) -> Receipt:
+        return write_parquet(storage, "spill", f"file/f@{number:05d}", [reject], {"read": 7, "rejected:field_count": 1})
+
+    whole = ingest.whole_file("f", [part(1), part(0), part(1), part(0), part(0)], storage, "rejects")
+    assert (whole.unit, whole.rows, whole.counts) == ("file/f", 2, {"read": 14, "rejected:field_count": 2})
+    assert [row["row"] for batch in read_parquet(storage, whole.file) for row in batch.to_pylist()] == [2, 9]
 
 
 def test_only_rejects(tmp_path: pathlib.Path) -> None:

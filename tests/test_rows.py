@@ -104,6 +104,21 @@ def test_a_bad_row_costs_one_row_and_says_why(row: bytes, column: str, reason: s
     assert keys(accepted) == ["good"] * data.count(b"good")
 
 
+def test_several_sorts_of_bad_values_of_one_column_stand_side_by_side() -> None:
+    values = [b"\xff", b"one", b"7", b"7\xff", b"99", b"", b"9" * 20, b"8"]
+    accepted, rejected = read(HEADER + b"".join(b"a%d,%b,,,,,\n" % (number, value) for number, value in enumerate(values)))
+    assert [row["hour"] for row in accepted] == [7, None, 8]
+    reasons = {1: rows.BAD_ENCODING, 2: rows.UNPARSABLE, 4: rows.BAD_ENCODING, 5: rows.OUT_OF_DOMAIN, 7: rows.UNPARSABLE}
+    assert rejected == [(row, "hour", reason) for row, reason in reasons.items()]
+
+
+@pytest.mark.parametrize("row", [b"\xff", b"\xff,1", b'"a\n\xff",1,x,x,x,x,x,x,x', b"a,1,0.5,p.jpg,10,1,\xff,x", b'19" \xff,"1"'])
+def test_a_row_of_bad_text_with_another_number_of_fields_costs_one_row(row: bytes) -> None:
+    accepted, rejected = read(HEADER + GOOD + row + b"\n" + GOOD + b"short\n" + GOOD)
+    assert rejected == [(2, "", rows.FIELD_COUNT), (4, "", rows.FIELD_COUNT)]
+    assert len(accepted) == 3
+
+
 @pytest.mark.parametrize("photo", [b"a/b.jpg", b"a..b.jpg", b"...jpg", b"..a/b", b"a b.jpg", "名.jpg".encode(), b"c/d:e.jpg", b"7"])
 def test_a_name_inside_the_month_is_accepted(photo: bytes) -> None:
     accepted, rejected = read(HEADER + b"a,1,0.5," + photo + b",10,1,x\n")
@@ -145,6 +160,12 @@ def test_a_reject_names_its_file_and_shows_its_value() -> None:
     (block,) = read_rows(io.BytesIO(data), CONTRACT, "raw/ads.csv")
     assert block.rejects["file"].to_pylist() == ["raw/ads.csv"] * 3
     assert block.rejects["value"].to_pylist() == ["\\xffzz", "b,1", "/" + "p" * 999]
+    assert block.rejects["line"].to_pylist() == ["a,\\xffzz,0.5,p,10,1,x", "b,1", "c,1,0.5,/" + "p" * 2000 + ",10,1,x"]
+
+
+def test_accepted_rows_have_their_numbers_in_the_file() -> None:
+    (block,) = read_rows(io.BytesIO(HEADER + GOOD + b"short\n\n" + GOOD + b"a,one,,,,,\n" + GOOD), CONTRACT, "ads.csv")
+    assert (block.numbers.tolist(), block.rejects["row"].to_pylist()) == ([1, 3, 5], [2, 4])
 
 
 @pytest.mark.parametrize(
@@ -292,10 +313,11 @@ def verdict(value: bytes, neighbour: bytes, contract: Contract) -> tuple[list[An
 
 
 @pytest.mark.parametrize("rows_before", [0, 500])
-def test_a_quote_that_is_never_closed_is_told_with_the_file_s_name(monkeypatch: pytest.MonkeyPatch, rows_before: int) -> None:
+def test_a_quote_that_is_never_closed_costs_its_row(monkeypatch: pytest.MonkeyPatch, rows_before: int) -> None:
     monkeypatch.setattr(rows, "BLOCK_BYTES", 1 << 10)
-    with pytest.raises(ContractError, match=r"raw/ads\.csv cannot be read as CSV"):
-        read(b"id,a,b\n" + b"1,2,3\n" * rows_before + b'"open,2,3\n' + b"1,2,3\n" * 1_000, TEXTS, "raw/ads.csv")
+    accepted, rejected = read(b"id,a,b\n" + b"1,2,3\n" * rows_before + b'"open,2,3\n' + b"1,2,3\n" * 1_000, TEXTS)
+    assert len(accepted) == rows_before + 1_000
+    assert rejected == [(rows_before + 1, "", rows.UNCLOSED_QUOTE)]
 
 
 @pytest.mark.parametrize("data", [b"id,a,b\n1,2,3\n", gzip.compress(b"id,a,b\n" + b"1,2,3\n" * 5_000)[:-12]], ids=["plain", "cut off"])

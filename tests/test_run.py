@@ -62,7 +62,7 @@ def test_a_bucket_and_a_folder_give_the_same_run(storage: Folder, cloud: dict[st
 
     def inputs(run: MonthRun) -> dict[str, Any]:
         found = run.storage.read_json(f"{run.folder}/inputs.json")
-        assert found.pop("listing").startswith(run.folder)
+        assert found.pop("listing").startswith(run.folder) and found.pop("created")
         return found
 
     assert inputs(first) == inputs(second)
@@ -108,7 +108,7 @@ OTHER_SETTINGS = {
 @pytest.mark.parametrize("name", OTHER_SETTINGS)
 def test_settings_that_affect_the_model_are_another_run(storage: Folder, name: str) -> None:
     changed = run_of(storage, **{name: OTHER_SETTINGS[name]}).id != run_of(storage).id
-    assert changed == (name in ("window_months", "seed"))
+    assert changed == (name in ("window_months", "seed", "csv_newlines_in_values", "csv_encoding"))
 
 
 def test_another_contract_is_another_run(storage: Folder, tmp_path: pathlib.Path) -> None:
@@ -175,8 +175,9 @@ CHAIN = [Champion("e1", f"{month}-r", month, "r") for month in ("2026-08", "2026
 def promote(storage: Storage, chain: list[Champion]) -> None:
     """Each refreshed from the one before it; the last is champion."""
     for parent, champion in zip([None, *chain], chain, strict=False):
-        info = {"parent": dataclasses.asdict(parent) if parent else None}
+        info = {"month": champion.month, "parent": dataclasses.asdict(parent) if parent else None}
         lake.commit(storage, lake.model_folder("ranker", champion.ranker), Manifest("ranker", (), info))
+        lake.commit(storage, lake.model_folder("encoder", champion.encoder), Manifest("encoder", (), {"training": {"mode": "scratch"}}))
         lake.move_pointer(storage, CHAMPION, champion)
 
 
@@ -187,6 +188,22 @@ def promote(storage: Storage, chain: list[Champion]) -> None:
 def test_the_champion_is_the_one_before_the_month(storage: Folder, month: str, expected: Champion | None) -> None:
     promote(storage, CHAIN)
     assert champion_before(storage, month) == expected
+
+
+def test_a_month_that_kept_the_champion_hands_on_that_one(storage: Folder) -> None:
+    promote(storage, CHAIN)
+    # A later run of the last month found its own model worse, and was scored with the one before.
+    lake.move_pointer(storage, CHAMPION, Champion("e1", CHAIN[1].ranker, "2026-10", "late"))
+    for month, ranker in (("2026-11", CHAIN[1].ranker), ("2026-10", CHAIN[1].ranker), ("2026-09", CHAIN[0].ranker)):
+        champion = champion_before(storage, month)
+        assert champion is not None and champion.ranker == ranker
+
+
+def test_an_untrained_encoder_is_not_gone_on_with(storage: Folder) -> None:
+    lake.commit(storage, lake.model_folder("encoder", "e1"), Manifest("encoder", (), {"training": {"mode": "untrained"}}))
+    promote(storage, CHAIN[:1])
+    run = run_of(storage)
+    assert run.champion == CHAIN[0] and run.encoder == run.version
 
 
 def test_without_a_champion_the_encoder_is_its_own(storage: Folder) -> None:
@@ -218,8 +235,7 @@ SAME = contracts.load(contracts.DEFAULT).fingerprint
 
 
 def published(storage: Storage, month: str, run: str, at: int, contract: str = SAME) -> None:
-    info = {"month": month, "run": run, "contract": contract, "published": f"2026-11-{at:02d}T00:00:00+00:00"}
-    lake.commit(storage, lake.stage_folder("publish", month, run), Manifest("publish", (), info))
+    lake.note_publication(storage, lake.Publication(f"2026-11-{at:02d}T00:00:00+00:00", month, run, contract, 7, ""))
 
 
 @pytest.mark.parametrize(
@@ -231,6 +247,8 @@ def published(storage: Storage, month: str, run: str, at: int, contract: str = S
         ([("2026-08", "a", 1), ("2026-09", "b", 2)], 1, ()),
         ([("2026-08", "a", 1), ("2026-07", "b", 2), ("2026-10", "c", 3), ("2026-11", "d", 4)], 3, (("2026-08", "a"),)),
         ([("2026-09", "z", 1), ("2026-09", "b", 3), ("2026-09", "c", 2)], 3, (("2026-09", "b"),)),
+        # Published again after another, it is what counts.
+        ([("2026-09", "a", 1), ("2026-09", "b", 2), ("2026-09", "a", 3)], 3, (("2026-09", "a"),)),
         ([("2026-09", "a", 1), ("2026-09", "b", 2, "other")], 3, (("2026-09", "a"),)),
         ([("2026-08", "a", 1), ("2026-09", "b", 2, "other")], 3, (("2026-08", "a"),)),
     ],
