@@ -100,8 +100,12 @@ def test_other_files_are_another_run(storage: Folder, name: str) -> None:
 
 
 OTHER_SETTINGS = {
-    **{field.name: field.default + 1 for field in dataclasses.fields(Config) if isinstance(field.default, int)},
+    **{field.name: field.default + 1 for field in dataclasses.fields(Config) if type(field.default) is int},
     "bigquery_location": "EU",
+    "csv_newlines_in_values": False,
+    "csv_encoding": "latin-1",
+    "ingest_ready": "quiet 1s",
+    "max_reject_share": 0.5,
 }
 
 
