@@ -13,7 +13,7 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -35,7 +35,7 @@ from beam_jobs.join import INDEX
 from beam_jobs.run import LISTING, MonthRun, listing_file
 from model import images
 from schemas import lake
-from schemas.hashing import hash64_column, salted
+from schemas.hashing import shard_of_column
 from schemas.lake import Receipt
 from schemas.parquet import read_columns, write_parquet
 from schemas.storage import Storage
@@ -74,8 +74,7 @@ def define_index_pipeline(root: beam.Pipeline, run: MonthRun, shards: int) -> No
 
 def pack_files(storage: Storage) -> list[str]:
     """The packs of all complete runs: every image ever looked at, each name and content once."""
-    manifests = [name.rpartition("/")[0] for name in storage.names("creatives/") if name.endswith(f"/packs/{lake.MANIFEST}")]
-    return [file for folder in manifests for file in lake.read_manifest(storage, folder).files]  # type: ignore[union-attr]
+    return [receipt.file for receipt in lake.pack_receipts(storage, "creatives/") if receipt.file]
 
 
 def _paired(root: beam.Pipeline, run: MonthRun, listing: list[str], known: list[str], shards: int, assign: Any) -> beam.PCollection:
@@ -85,19 +84,16 @@ def _paired(root: beam.Pipeline, run: MonthRun, listing: list[str], known: list[
             root
             | f"{label}Files" >> beam.Create(files, reshuffle=False)
             | f"Spread{label}" >> beam.Reshuffle()
-            | f"Read{label}" >> beam.FlatMap(functools.partial(_read, run.storage, columns=columns)).with_output_types(pa.RecordBatch)
+            | f"Read{label}"
+            >> beam.FlatMap(functools.partial(read_columns, run.storage, columns=columns)).with_output_types(pa.RecordBatch)
             | f"Shard{label}" >> Repartition(run.storage, run.spill, shards, assign, unit_rows=None)
         )
     return pair_shards(sides[0], sides[1])
 
 
-def _read(storage: Storage, file: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    yield from read_columns(storage, file, columns)
-
-
 def shard_of_content(batch: pa.RecordBatch, shards: int) -> np.ndarray:
     """Images that may be the same content fall together: by size and checksum, whatever they are called."""
-    return (hash64_column(_joined(batch, "size", "crc32c"), salted("content")) % np.uint64(shards)).astype(np.int64)
+    return shard_of_column(_joined(batch, "size", "crc32c"), "content", shards)
 
 
 def _shard_of_name(batch: pa.RecordBatch, shards: int) -> np.ndarray:

@@ -30,7 +30,7 @@ from beam_jobs.inference import EncoderHandler, Named
 from beam_jobs.run import MonthRun
 from model.encoder import EMBEDDING_WIDTH
 from schemas import lake
-from schemas.hashing import hash64_column, salted
+from schemas.hashing import shard_of_column
 from schemas.lake import Receipt, embeddings_folder, shard_of_unit
 from schemas.parquet import read_parquet, write_parquet
 from schemas.storage import Storage
@@ -88,8 +88,7 @@ def define_gather_pipeline(root: beam.Pipeline, run: MonthRun, encoder: str, mon
 
 def _embedded(storage: Storage, encoder: str) -> list[Receipt]:
     """What this encoder has embedded, in all complete runs: a receipt a pack."""
-    manifests = [name.rpartition("/")[0] for name in storage.names(f"embeddings/{encoder}/") if name.endswith(f"/packs/{lake.MANIFEST}")]
-    return [receipt for folder in manifests for receipt in lake.read_manifest(storage, folder).receipts]  # type: ignore[union-attr]
+    return lake.pack_receipts(storage, f"embeddings/{encoder}/")
 
 
 def read_thumbnails(storage: Storage, pack: str) -> Iterator[Named]:
@@ -114,7 +113,7 @@ def _read_wanted(storage: Storage, indexed: tuple[str, int]) -> Iterator[pa.Reco
 
 
 def _shard_of_creative(batch: pa.RecordBatch, shards: int) -> np.ndarray:
-    return (hash64_column(batch["creative"], salted("creative")) % np.uint64(shards)).astype(np.int64)
+    return shard_of_column(batch["creative"], "creative", shards)
 
 
 def _shard_column(batch: pa.RecordBatch) -> np.ndarray:

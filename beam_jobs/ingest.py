@@ -26,7 +26,7 @@ from beam_jobs.config import Config
 from beam_jobs.run import MonthRun
 from schemas import lake
 from schemas.csv_records import Layout
-from schemas.hashing import hash64_column, salted
+from schemas.hashing import hash64_column, salted, shard_of_column
 from schemas.lake import Receipt
 from schemas.parquet import ParquetFile, read_parquet, upload, write_parquet
 from schemas.rows import REJECTS, read_rows
@@ -141,7 +141,7 @@ def whole_file(file: str, told: Iterable[Receipt], storage: Storage, folder: str
 
 def shard_of_image(images: pa.Array, shards: int) -> np.ndarray:
     """The shard of each image name, shape (rows,), dtype int64: what rows, creatives and embeddings agree on."""
-    return (hash64_column(images, salted("shard")) % np.uint64(shards)).astype(np.int64)
+    return shard_of_column(images, "shard", shards)
 
 
 def shard_of_rows(batch: pa.RecordBatch, image: str | None, shards: int) -> np.ndarray:

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from beam_jobs.arrow import UNIT_ROWS, CommitStage, Repartition, Unit, read_unit, shards_for
 from beam_jobs.run import MonthRun
 from schemas import lake
-from schemas.hashing import hash64_column, salted
+from schemas.hashing import shard_of_column
 from schemas.lake import Manifest, Receipt
 from schemas.parquet import read_parquet, upload
 from schemas.storage import Storage
@@ -62,7 +62,7 @@ def read_scores(storage: Storage, file: str) -> Iterator[pa.RecordBatch]:
 
 def shard_of_key(batch: pa.RecordBatch, shards: int) -> np.ndarray:
     """As `serving.store.shard_of`, for a whole column."""
-    return (hash64_column(batch["key"], salted("lookup")) % np.uint64(shards)).astype(np.int64)
+    return shard_of_column(batch["key"], "lookup", shards)
 
 
 def write_shard(unit: Unit, storage: Storage, folder: str, shards: int) -> Receipt:

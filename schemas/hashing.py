@@ -64,3 +64,10 @@ def hash64_column(column: "pa.Array", start: int = _SEED) -> "np.ndarray":
         hashes[active] = _mix(hashes[active] ^ word)
         position += 8
     return _mix(hashes ^ lengths.astype(np.uint64))
+
+
+def shard_of_column(column: "pa.Array", salt: str, shards: int) -> "np.ndarray":
+    """A shard for each value, by its hash under that salt: shape (rows,), dtype int64, in [0, shards)."""
+    import numpy as np
+
+    return (hash64_column(column, salted(salt)) % np.uint64(shards)).astype(np.int64)

@@ -156,6 +156,12 @@ def read_manifest(storage: Storage, folder: str) -> Manifest | None:
         return None
 
 
+def pack_receipts(storage: Storage, prefix: str) -> list[Receipt]:
+    """The receipts of all complete `packs` folders under `prefix`, of whatever month and run."""
+    folders = [name.rpartition("/")[0] for name in storage.names(prefix) if name.endswith(f"/packs/{MANIFEST}")]
+    return [receipt for folder in folders if (manifest := read_manifest(storage, folder)) for receipt in manifest.receipts]
+
+
 def commit(storage: Storage, folder: str, manifest: Manifest) -> Manifest:
     """Complete a stage: create its manifest, or adopt the one that another finaliser created first."""
     storage.create(f"{folder}/{MANIFEST}", manifest.to_json())
