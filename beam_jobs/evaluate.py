@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from beam_jobs.join import month_rows
+from beam_jobs.pairs import CANDIDATE, CHAMPION, peers
 from beam_jobs.run import MonthRun, StageError
 from model import registry, splits
 from model.evaluation import Sums, verdict
@@ -22,7 +23,7 @@ from schemas import lake
 from schemas.lake import Manifest, Receipt
 
 FOLDER = "evaluation"
-CANDIDATE, CHAMPION, BASE_RATE = "candidate", "champion", "base_rate"
+BASE_RATE = "base_rate"
 
 
 def define_pipeline(root: beam.Pipeline, run: MonthRun, candidate: Manifest) -> None:
@@ -43,8 +44,7 @@ def judge(unit: tuple[str, str, Receipt], run: MonthRun, encoder: str) -> Iterab
     """Sums of a unit's labelled gate rows under each model, at each row's own position."""
     month, id, receipt = unit
     models = {CANDIDATE: _ranker(run, run.version)}
-    if run.champion and is_peer(run):
-        models[CHAMPION] = _ranker(run, run.champion.ranker)
+    models |= {name: _ranker(run, pair.ranker) for name, pair in peers(run).items()}
     sums: dict[str, Sums] = {}
     for batch in month_rows(run, month, id, encoder).batches(receipt):
         clicks, impressions = outcomes(batch, run.contract)
@@ -64,7 +64,7 @@ def decide(judged: list[tuple[str, str, Mapping[str, Sums]]], run: MonthRun, enc
     # In the order of units: sums of floats depend on their order, and the order in which units come on the runner.
     of_month = [sums for judged_month, _, sums in sorted(judged, key=lambda unit: unit[:2]) if judged_month == month]
     total = {name: sum((sums.get(name, Sums()) for sums in of_month), Sums()) for name in (CANDIDATE, CHAMPION, BASE_RATE)}
-    peer = run.champion if is_peer(run) else None
+    peer = peers(run).get(CHAMPION)
     ruling = verdict(total[CANDIDATE], total[CHAMPION] if peer else None, total[BASE_RATE])
     if run.champion and not peer:
         ruling["why"] += "; the champion is of another contract or encoder, and cannot score these rows"
@@ -80,13 +80,6 @@ def keep_champion(run: MonthRun, why: str) -> Manifest:
     info = {"promoted": False, "flagged": False, "why": why, "month": run.month, "metrics": {CANDIDATE: Sums().metrics()}}
     pair = {"encoder": run.champion.encoder, "ranker": run.champion.ranker}
     return lake.commit(run.storage, run.stage(FOLDER), Manifest("evaluate", (), {**info, **pair}))
-
-
-def is_peer(run: MonthRun) -> bool:
-    """Whether the champion can score the month's rows: it has their contract, and the run's encoder."""
-    if run.champion is None or run.champion.encoder != run.known_encoder:
-        return False
-    return registry.manifest(run.storage, "ranker", run.champion.ranker).info["contract"] == run.contract.fingerprint
 
 
 @functools.lru_cache(2)

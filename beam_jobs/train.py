@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_jobs.creatives import pack_files
-from beam_jobs.evaluate import is_peer
 from beam_jobs.join import examples, month_rows
+from beam_jobs.pairs import CHAMPION, peers
 from beam_jobs.run import MonthRun, StageError
 from model import registry
 from schemas import lake
@@ -100,7 +100,7 @@ def _learnt(run: MonthRun, train: Callable[[], dict[str, Any]]) -> dict[str, Any
         return train()
     except ValueError as error:
         why = f"nothing could be learnt from {', '.join(month for month, _ in run.window)}: {error}"
-        if is_peer(run):
+        if CHAMPION in peers(run):
             return {"mode": "none", "why": why, "rows": 0, "clicks": 0, "impressions": 0}
         raise StageError(why) from error
 
