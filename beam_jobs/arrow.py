@@ -244,7 +244,7 @@ class CommitStage(beam.PTransform):
 
 @dataclasses.dataclass(frozen=True)
 class ShardPair:
-    """The units of one shard on two sides of a join; a side without rows has none."""
+    """What is joined at a time: one unit of a shard's left side, and all units of its right side, none where that has no rows."""
 
     shard: int
     left: tuple[Unit, ...]
@@ -252,15 +252,15 @@ class ShardPair:
 
 
 def pair_shards(left: beam.PCollection, right: beam.PCollection) -> beam.PCollection:
-    """Two `Repartition`s of the same shards → PCollection[ShardPair], for every shard that has a row on the left."""
+    """Two `Repartition`s of the same shards → PCollection[ShardPair], one for every unit on the left."""
 
     def key(unit: Unit) -> tuple[int, Unit]:
         return unit.shard, unit
 
     def pair(shard: int, sides: Mapping[str, Iterable[Unit]]) -> Iterator[ShardPair]:
         units = {side: tuple(sorted(found, key=lambda unit: unit.part)) for side, found in sides.items()}
-        if units["left"]:
-            yield ShardPair(shard, units["left"], units["right"])
+        for unit in units["left"]:
+            yield ShardPair(shard, (unit,), units["right"])
 
     keyed = {
         side: units | f"Key{side.title()}" >> beam.Map(key).with_output_types(tuple[int, Unit])
@@ -274,8 +274,8 @@ def pair_shards(left: beam.PCollection, right: beam.PCollection) -> beam.PCollec
     )
 
 
-def read_table(storage: Storage, units: Iterable[Unit], schema: pa.Schema) -> pa.Table:
-    """All rows of some units: for the small side of a join, and for shards that are cut small."""
+def read_table(storage: Storage, units: Iterable[Unit], schema: pa.Schema | None = None) -> pa.Table:
+    """All rows of some units: for the small side of a join, and for shards that are cut small. Without units it needs a schema."""
     return pa.Table.from_batches([batch for unit in units for batch in read_unit(storage, unit)], schema)
 
 

@@ -12,7 +12,7 @@ import gzip
 import pathlib
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import apache_beam as beam
@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from apache_beam import pvalue
 
-from beam_jobs.arrow import CommitStage, Repartition, Unit, read_unit, shards_for
+from beam_jobs import duplicates
+from beam_jobs.arrow import CommitStage, Repartition, ShardPair, Unit, pair_shards, read_table, shards_for
 from beam_jobs.config import Config
 from beam_jobs.run import MonthRun
 from schemas import lake
@@ -29,7 +30,7 @@ from schemas.csv_records import Layout
 from schemas.hashing import hash64_column, salted, shard_of_column
 from schemas.lake import Receipt
 from schemas.parquet import ParquetFile, read_parquet, upload, write_parquet
-from schemas.rows import REJECTS, read_rows
+from schemas.rows import DUPLICATE_KEY, REJECTS, duplicate_rejects, read_rows
 from schemas.storage import Entry, Storage
 
 _HEAD_BYTES = 1 << 18
@@ -42,12 +43,14 @@ class Part:
     """A part of a CSV file that one worker reads.
 
     Attributes:
+        index: which part of the month, from 0, by file name and place in the file.
         file: its name.
-        number: which part, from 0.
+        number: which part of the file, from 0.
         parts: of how many.
         span: the part's rows begin in these bytes, [start, end); None for the whole file.
     """
 
+    index: int
     file: str
     number: int = 0
     parts: int = 1
@@ -58,22 +61,39 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun) -> None:
     """Files, in parts → rows in shards, one receipt a file and one a unit of rows."""
     shards = shards_for(estimated_rows(run.storage, run.ads))
     folder = run.stage("rows")
+    parts = parts_of(run.ads, layout_of(run.config))
     number = functools.partial(whole_file, storage=run.storage, folder=run.stage("rejects"))
     image = run.contract.image.name if run.contract.image else None
     assign = functools.partial(shard_of_rows, image=image, shards=shards)
+    by_key = functools.partial(duplicates.shard_of_key, shards=shards)
     read = (
         root
-        | "Files" >> beam.Create([part for entry in run.ads for part in parts_of(entry, layout_of(run.config))])
+        | "Files" >> beam.Create(parts)
         | "SpreadFiles" >> beam.Reshuffle()
         | "ReadRows" >> beam.ParDo(_ReadRows(run)).with_outputs("parts", main="rows")
     )
-    files = read.parts | "GroupByFile" >> beam.GroupByKey() | "NumberRejects" >> beam.MapTuple(number).with_output_types(Receipt)
-    written = (
+    later = (
         read.rows
-        | "ShardByImage" >> Repartition(run.storage, run.spill, shards, assign)
-        | "SpreadShards" >> beam.Reshuffle()
-        | "WriteRows" >> beam.Map(write_rows, run.storage, folder).with_output_types(Receipt)
+        | "Keys" >> beam.Map(duplicates.keyed, assign).with_output_types(pa.RecordBatch)
+        | "ShardByKey" >> Repartition(run.storage, run.spill, shards, by_key, unit_rows=None)
+        | "SpreadKeys" >> beam.Reshuffle()
+        | "FindDuplicates" >> beam.FlatMap(duplicates.find_duplicates, run.storage).with_output_types(pa.RecordBatch)
     )
+    turned_away = (
+        later
+        | "ShardByPart" >> Repartition(run.storage, run.spill, len(parts), duplicates.part_of)
+        | "SpreadDuplicates" >> beam.Reshuffle()
+        | "RejectDuplicates" >> beam.Map(reject_duplicates, run, parts).with_output_types(tuple[str, Receipt])
+    )
+    files = (
+        (read.parts, turned_away)
+        | "OfFiles" >> beam.Flatten()
+        | "GroupByFile" >> beam.GroupByKey()
+        | "NumberRejects" >> beam.MapTuple(number).with_output_types(Receipt)
+    )
+    rows = read.rows | "ShardByImage" >> Repartition(run.storage, run.spill, shards, assign)
+    dropped = later | "ShardDuplicates" >> Repartition(run.storage, run.spill, shards, duplicates.shard_of_row, unit_rows=None)
+    written = pair_shards(rows, dropped) | "WriteRows" >> beam.Map(write_rows, run.storage, folder).with_output_types(Receipt)
     info = {"shards": shards, "contract": run.contract.fingerprint}
     _ = (files, written) | beam.Flatten() | "CommitRows" >> CommitStage(run.storage, folder, "ingest", info)
 
@@ -82,26 +102,29 @@ def layout_of(config: Config) -> Layout:
     return Layout(config.csv_newlines_in_values, config.csv_encoding)
 
 
-def parts_of(entry: Entry, layout: Layout) -> list[Part]:
-    """The parts to read a file in: one where it cannot be split."""
-    count = max(1, round(entry.size / SPLIT_BYTES)) if layout.can_split(entry.name) else 1
-    if count == 1:
-        return [Part(entry.name)]
-    edges = [entry.size * number // count for number in range(count + 1)]
-    return [Part(entry.name, number, count, (edges[number], edges[number + 1])) for number in range(count)]
+def parts_of(files: Iterable[Entry], layout: Layout) -> list[Part]:
+    """The parts to read the files in: one of a file that cannot be split."""
+    parts: list[Part] = []
+    for entry in sorted(files, key=lambda entry: entry.name):
+        count = max(1, round(entry.size / SPLIT_BYTES)) if layout.can_split(entry.name) else 1
+        edges = [entry.size * number // count for number in range(count + 1)]
+        for number in range(count):
+            span = None if count == 1 else (edges[number], edges[number + 1])
+            parts.append(Part(len(parts), entry.name, number, count, span))
+    return parts
 
 
 class _ReadRows(beam.DoFn):
-    """One part of a file → its row batches, and on `parts` its file and what was read and rejected."""
+    """One part of a file → its row batches, each row with its `origin`, and on `parts` its file and what was read and rejected."""
 
     def __init__(self, run: MonthRun):
         self._run = run
 
     def process(self, part: Part) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput[Literal["parts"], tuple[str, Receipt]]]:
-        run, counts, writer = self._run, Counter[str](), None
+        run, counts, writer = self._run, Counter[str](read=0), None
         # The numbers of a part's rows count from its own start, so its rejects are not yet those of the run.
         folder = run.stage("rejects") if part.parts == 1 else run.spill
-        unit, file, checksum = f"file/{part.file}@{part.number:05d}", "", ""
+        unit, file, checksum = _unit(part), "", ""
         with run.storage.open(part.file) as stream, tempfile.TemporaryDirectory(prefix="adstocrat-") as temporary:
             path = pathlib.Path(temporary) / "rejects.parquet"
             for checked in read_rows(stream, run.contract, part.file, layout_of(run.config), part.span):
@@ -111,7 +134,7 @@ class _ReadRows(beam.DoFn):
                     writer.write(checked.rejects)
                     counts.update(f"rejected:{reason}" for reason in checked.rejects["reason"].to_pylist())
                 if checked.rows.num_rows:
-                    yield checked.rows
+                    yield checked.rows.append_column("origin", duplicates.origins(part.index, checked.numbers))
             if writer:
                 writer.close()
                 file, checksum = upload(run.storage, path, lake.unique(folder, unit.replace("/", "_"), ".parquet"))
@@ -119,22 +142,39 @@ class _ReadRows(beam.DoFn):
         yield pvalue.TaggedOutput("parts", (part.file, Receipt(unit, file, rejected, dict(counts), checksum)))
 
 
+def _unit(part: Part) -> str:
+    return f"file/{part.file}@{part.number:05d}"
+
+
+def reject_duplicates(unit: Unit, run: MonthRun, parts: Sequence[Part]) -> tuple[str, Receipt]:
+    """Write the rejects of a part's rows whose keys were there before, or of as many of them as a unit holds."""
+    part = parts[unit.shard]
+    found = read_table(run.storage, (unit,), duplicates.KEYED).sort_by("origin")
+    later = pa.table({"row": duplicates.row_of(found["origin"]), "key": found["key"]})
+    with run.storage.open(part.file) as stream:
+        rejects = duplicate_rejects(stream, run.contract, part.file, layout_of(run.config), part.span, later)
+        counts = {f"rejected:{DUPLICATE_KEY}": len(later)}
+        return part.file, write_parquet(run.storage, run.spill, f"{_unit(part)}+{unit.part:03d}", rejects, counts)
+
+
 def whole_file(file: str, told: Iterable[Receipt], storage: Storage, folder: str) -> Receipt:
-    """One receipt of the parts of a file; where there are several, their rejects with the numbers that the rows have in the file."""
-    by_part: dict[str, list[Receipt]] = {}
+    """One receipt of all that was told of a file; its rejects together, with the numbers that their rows have in the file."""
+    by_unit: dict[str, list[Receipt]] = {}
     for receipt in told:
-        by_part.setdefault(receipt.unit, []).append(receipt)
-    parts = [lake.one_receipt_each(by_part[unit]) for unit in sorted(by_part)]
-    counts = sum((Counter(part.counts) for part in parts), Counter[str]())
-    if len(parts) == 1:
-        return dataclasses.replace(parts[0], unit=f"file/{file}")
+        by_unit.setdefault(receipt.unit, []).append(receipt)
+    receipts = [lake.one_receipt_each(by_unit[unit]) for unit in sorted(by_unit)]
+    counts = sum((Counter(receipt.counts) for receipt in receipts), Counter[str]())
+    if len(receipts) == 1:
+        return dataclasses.replace(receipts[0], unit=f"file/{file}")
 
     def numbered() -> Iterator[pa.RecordBatch]:
-        before = 0
-        for part in parts:
-            for batch in read_parquet(storage, part.file) if part.file else ():
+        before = after = 0
+        for receipt in receipts:
+            # Each part's own receipt comes first, and those of its duplicates follow.
+            if "read" in receipt.counts:
+                before, after = after, after + receipt.counts["read"]
+            for batch in read_parquet(storage, receipt.file) if receipt.file else ():
                 yield batch.set_column(batch.schema.get_field_index("row"), "row", pc.add(batch["row"], before))
-            before += part.counts.get("read", 0)
 
     return write_parquet(storage, folder, f"file/{file}", numbered(), counts)
 
@@ -152,12 +192,17 @@ def shard_of_rows(batch: pa.RecordBatch, image: str | None, shards: int) -> np.n
     return np.where(batch[image].is_null().to_numpy(zero_copy_only=False), by_key, shard_of_image(batch[image], shards))
 
 
-def write_rows(unit: Unit, storage: Storage, folder: str) -> Receipt:
-    """Write a unit's rows in the order of a hash of their keys: the same whatever the bundles were, and shuffled for training."""
-    table = pa.Table.from_batches(read_unit(storage, unit)).combine_chunks()
+def write_rows(pair: ShardPair, storage: Storage, folder: str) -> Receipt:
+    """Write a unit's rows but for duplicates, in the order of a hash of their keys: the same whatever the bundles were, and shuffled."""
+    table = read_table(storage, pair.left)
+    dropped = read_table(storage, pair.right, duplicates.KEYED)["origin"].to_numpy()
+    if len(dropped):
+        table = table.filter(pa.array(~np.isin(table["origin"].to_numpy(), dropped)))
+    table = table.drop_columns("origin").combine_chunks()
     keys = table["key"].combine_chunks()
     order = np.lexsort((np.arange(len(keys)), hash64_column(keys, salted("order"))))
-    return write_parquet(storage, folder, f"shard/{unit.name}", table.take(pa.array(order)).to_batches(), {"ingested": table.num_rows})
+    batches = table.take(pa.array(order)).to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
+    return write_parquet(storage, folder, f"shard/{pair.left[0].name}", batches, {"ingested": table.num_rows})
 
 
 def estimated_rows(storage: Storage, files: tuple[Entry, ...]) -> int:

@@ -33,10 +33,11 @@ MISSING_REQUIRED = "missing_required"
 OUT_OF_DOMAIN = "out_of_domain"
 CLICKS_OVER_IMPRESSIONS = "clicks_over_impressions"
 KEY_TOO_LONG = "key_too_long"
+DUPLICATE_KEY = "duplicate_key"
 IMAGE_OUTSIDE_MONTH = "image_outside_month"
 REASONS = (
     *(UNCLOSED_QUOTE, STRAY_QUOTE, ROW_TOO_LONG, FIELD_COUNT, BAD_ENCODING, UNPARSABLE, MISSING_REQUIRED, OUT_OF_DOMAIN),
-    *(CLICKS_OVER_IMPRESSIONS, KEY_TOO_LONG, IMAGE_OUTSIDE_MONTH),
+    *(CLICKS_OVER_IMPRESSIONS, KEY_TOO_LONG, IMAGE_OUTSIDE_MONTH, DUPLICATE_KEY),
 )
 
 AS_USUAL = Layout()
@@ -105,6 +106,33 @@ def read_rows(
             checked = _checked(block, len(names), columns, contract, file, before)
             before += checked.read
             yield checked
+
+
+def duplicate_rejects(
+    stream: BinaryIO, contract: Contract, file: str, layout: Layout, span: tuple[int, int] | None, duplicates: pa.Table
+) -> Iterator[pa.RecordBatch]:
+    """Rejects, as `REJECTS`, of rows whose key an earlier row of the month has; their lines are cut from the file once more.
+
+    Args:
+        stream, contract, file, layout, span: as for `read_rows`.
+        duplicates: `row`, the number that `read_rows` gave, ascending, and `key`.
+    """
+    rows, name = duplicates["row"].to_numpy(), ", ".join(column.name for column in contract.key)
+    with _told(file):
+        _, pieces = csv_records.open_file(stream, file, layout, BLOCK_BYTES, span)
+        before = 0
+        for block in csv_records.blocks(pieces, layout, MAX_ROW_BYTES):
+            starts, ends = block.bounds
+            first, last = np.searchsorted(rows, (before, before + len(starts)), "right").tolist()
+            lines = [csv_records.shown(block.data[starts[record] : ends[record]], _LINE_BYTES) for record in rows[first:last] - before - 1]
+            if lines:
+                own = duplicates.slice(first, last - first).combine_chunks()
+                same = [pa.repeat(text, len(lines)) for text in (file, name, DUPLICATE_KEY)]
+                columns = [same[0], own["row"].combine_chunks(), *same[1:], own["key"].combine_chunks(), pa.array(lines)]
+                yield pa.RecordBatch.from_arrays(columns, schema=REJECTS)
+            if last == len(rows):
+                return
+            before += len(starts)
 
 
 @contextlib.contextmanager

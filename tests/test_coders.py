@@ -27,7 +27,7 @@ SMALL = (Section, Unit, ShardPair, ingest.Part, Receipt, Manifest)
 
 # The edges that carry batches, by pipeline: no more and no fewer.
 CARRY_BATCHES = {
-    "ingest": {"ReadRows/ParDo(_ReadRows)"},
+    "ingest": {"ReadRows/ParDo(_ReadRows)", "Keys", "FindDuplicates"},
     "creatives pack": {"ReadListing", "ReadKnown"},
     "creatives index": {"ReadListing", "ReadKnown"},
     "embed pack": {"ReadThumbnails", "Embed/BeamML_RunInference"},
@@ -39,7 +39,11 @@ CARRY_BATCHES = {
 }
 # What goes through a shuffle, by pipeline: addresses, names and receipts.
 SHUFFLED = {
-    "ingest": {"SpreadFiles", "GroupByFile", "ShardByImage/GroupByShard", "SpreadShards", "CommitRows/GroupByUnit"},
+    "ingest": {
+        *("SpreadFiles", "GroupByFile", "ShardByImage/GroupByShard", "ShardByKey/GroupByShard", "SpreadKeys"),
+        *("ShardByPart/GroupByShard", "SpreadDuplicates", "ShardDuplicates/GroupByShard", "PairShards/CoGroupByKeyImpl", "SpreadPairs"),
+        "CommitRows/GroupByUnit",
+    },
     "creatives pack": {
         *("SpreadListing", "SpreadKnown", "ShardListing/GroupByShard", "ShardKnown/GroupByShard"),
         *("PairShards/CoGroupByKeyImpl", "SpreadPairs", "CommitPacks/GroupByUnit"),

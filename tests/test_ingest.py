@@ -7,12 +7,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from beam_jobs import ingest
-from beam_jobs.arrow import shards_for
+from beam_jobs import duplicates, ingest
+from beam_jobs.arrow import Unit, shards_for, spill_sections
 from beam_jobs.config import Config
 from beam_jobs.run import MonthRun, prepare
 from beam_jobs.runner import run_pipeline
 from schemas import contract as contracts
+from schemas import rows as csv_rows
 from schemas.hashing import hash64, salted
 from schemas.lake import Manifest, Receipt, raw_ads, shard_of_unit
 from schemas.parquet import read_parquet, write_parquet
@@ -144,7 +145,7 @@ def test_a_file_that_is_read_in_parts_gives_the_same(tmp_path: pathlib.Path, mon
     monkeypatch.setattr(ingest, "SPLIT_BYTES", split_bytes)
     config = dataclasses.replace(deliver(tmp_path), csv_newlines_in_values=False)
     run, manifest = ingested(config)
-    parts = [part for entry in run.ads for part in ingest.parts_of(entry, ingest.layout_of(config))]
+    parts = ingest.parts_of(run.ads, ingest.layout_of(config))
     assert len(parts) > len(run.ads) and {part.parts for part in parts if part.file.endswith(".gz")} == {1}
     rows, rejects = direct(run)
     files = {receipt.unit: receipt for receipt in manifest.receipts if receipt.unit.startswith("file/")}
@@ -169,6 +170,61 @@ def test_a_part_that_was_read_twice_counts_once(tmp_path: pathlib.Path) -> None:
     whole = ingest.whole_file("f", [part(1), part(0), part(1), part(0), part(0)], storage, "rejects")
     assert (whole.unit, whole.rows, whole.counts) == ("file/f", 2, {"read": 14, "rejected:field_count": 2})
     assert [row["row"] for batch in read_parquet(storage, whole.file) for row in batch.to_pylist()] == [2, 9]
+
+
+@pytest.mark.parametrize("split_bytes", [None, 3_000])
+def test_of_a_key_the_first_row_by_file_and_number_stays(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, split_bytes: int | None
+) -> None:
+    """Keys that repeat in a file, a part, between files, very often, and in rows of other images; one first row is itself a reject."""
+    monkeypatch.setattr(ingest, "shards_for", lambda rows: SHARDS)
+    monkeypatch.setattr(duplicates, "_ROWS_AT_ONCE", 50)
+    monkeypatch.setattr(csv_rows, "BLOCK_BYTES", 2_000)
+    if split_bytes:
+        monkeypatch.setattr(ingest, "SPLIT_BYTES", split_bytes)
+    storage, rng = Folder(str(tmp_path)), np.random.default_rng(0)
+    names = [column.name for column in CONTRACT.columns]
+    kept: dict[str, tuple[str, int]] = {}
+    expected: list[tuple[str, int, str, str]] = []
+    for name in ("b.csv", "a.csv", "c.csv.gz"):
+        lines = [",".join(names)]
+        for number in range(1, 401):
+            key = "hot" if rng.random() < 0.3 else f"k{rng.integers(600)}"
+            values = dict(zip(names, ["1"] * len(names), strict=True)) | {"ad_id": key, "image": f"{rng.integers(9)}.jpg", "clicks": "0"}
+            values |= {"advertiser": f"{name} {number}"} if rng.random() < 0.9 else {"impressions": "bad"}
+            lines.append(",".join(values[column] for column in names))
+        data = "\n".join(lines).encode()
+        storage.write(raw_ads(MONTH) + name, gzip.compress(data) if name.endswith("gz") else data)
+    for name in ("a.csv", "b.csv", "c.csv.gz"):
+        data = storage.read(raw_ads(MONTH) + name)
+        text = (gzip.decompress(data) if name.endswith("gz") else data).decode().split("\n")
+        for number, line in enumerate(text[1:], 1):
+            key = line.split(",")[0]
+            if "bad" not in line and kept.setdefault(key, (name, number)) != (name, number):
+                expected.append((raw_ads(MONTH) + name, number, key, line))
+    run, manifest = ingested(dataclasses.replace(Config(lake=str(tmp_path)), csv_newlines_in_values=not split_bytes, max_reject_share=1.0))
+    rows = table(run, [r.file for r in manifest.receipts if r.unit.startswith("shard/")], row_schema(CONTRACT)).to_pylist()
+    assert {row["key"]: row["advertiser"] for row in rows} == {key: f"{name} {number}" for key, (name, number) in kept.items()}
+    assert len(rows) == len(kept) == manifest.count("ingested") and len(expected) > 500
+    rejects = table(run, [r.file for r in manifest.receipts if r.unit.startswith("file/")], REJECTS).to_pylist()
+    found = [row for row in rejects if row["reason"] == "duplicate_key"]
+    assert [(row["file"], row["row"], row["value"], row["line"]) for row in found] == expected
+    assert {row["column"] for row in found} == {"ad_id"}
+    assert manifest.counts("rejected:") == {"duplicate_key": len(expected), "unparsable": len(rejects) - len(expected)}
+    assert manifest.count("read") == 1200 == len(rows) + len(rejects)
+
+
+def test_keys_that_share_a_hash_are_told_apart(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duplicates, "hash64_column", lambda keys: np.zeros(len(keys), np.uint64))
+    batch = pa.RecordBatch.from_pydict({"key": list("abcab"), "origin": [5, 1, 2, 3, 4], "shard": [0] * 5}, duplicates.KEYED)
+    storage = Folder(str(tmp_path))
+    data, addressed = spill_sections([batch], 1, lambda batch: np.zeros(len(batch), np.int64), "spill")
+    storage.write("spill", data)
+    found = duplicates.find_duplicates(Unit(0, 0, (addressed[0][1],)), storage)
+    assert pa.Table.from_batches(found, duplicates.KEYED).sort_by("origin").to_pylist() == [
+        {"key": "b", "origin": 4, "shard": 0},
+        {"key": "a", "origin": 5, "shard": 0},
+    ]
 
 
 def test_only_rejects(tmp_path: pathlib.Path) -> None:

@@ -1,0 +1,82 @@
+"""Duplicate keys: of a month's rows of one key, the first by file name and row number stays, and the others are turned away.
+
+What is compared travels beside the rows: each row's `key`, its `origin`, and the `shard` that the row itself goes to. Origins are in the
+order of the files and of the rows in them: the part of a file that the row was read in, counted over the month, and its number there.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from beam_jobs.arrow import Unit, read_unit
+from schemas.hashing import hash64_column, shard_of_column
+from schemas.parquet import BATCH_ROWS
+from schemas.storage import Storage
+
+KEYED = pa.schema([("key", pa.string()), ("origin", pa.int64()), ("shard", pa.int32())])
+# Of an origin's 63 bits: rows of a part, up to 64 billion; the others say which part.
+_ROW_BITS = 36
+_ROWS_AT_ONCE = 1 << 20
+
+
+def origins(part: int, rows: np.ndarray) -> pa.Array:
+    """Origins of rows, int64, by the index of their part and their numbers in it, integers of shape (rows,)."""
+    return pa.array((part << _ROW_BITS) + rows.astype(np.int64))
+
+
+def keyed(rows: pa.RecordBatch, assign: Callable[[pa.RecordBatch], np.ndarray]) -> pa.RecordBatch:
+    """Rows' keys and origins, as `KEYED`; `assign` tells the shards of the rows."""
+    return pa.RecordBatch.from_arrays([rows["key"], rows["origin"], pa.array(assign(rows).astype(np.int32))], schema=KEYED)
+
+
+def part_of(batch: pa.RecordBatch) -> np.ndarray:
+    """The index of each row's part, shape (rows,), dtype int64."""
+    return batch["origin"].to_numpy() >> _ROW_BITS
+
+
+def row_of(origin: pa.ChunkedArray) -> np.ndarray:
+    """The number of each row in its part, shape (rows,), dtype int64."""
+    return origin.to_numpy() & ((1 << _ROW_BITS) - 1)
+
+
+def shard_of_key(batch: pa.RecordBatch, shards: int) -> np.ndarray:
+    return shard_of_column(batch["key"], "duplicates", shards)
+
+
+def shard_of_row(batch: pa.RecordBatch) -> np.ndarray:
+    return batch["shard"].to_numpy()
+
+
+def find_duplicates(unit: Unit, storage: Storage) -> Iterator[pa.RecordBatch]:
+    """Of one shard's keys, as `KEYED`, the rows that another row of their key comes before, in no order.
+
+    Memory holds the distinct keys of a shard and about as many rows again, however often one of them repeats.
+    """
+    first, held, rows = KEYED.empty_table(), list[pa.RecordBatch](), 0
+    for batch in read_unit(storage, unit):
+        held.append(batch)
+        rows += len(batch)
+        if rows >= max(_ROWS_AT_ONCE, len(first)):
+            first, later = _firsts(pa.concat_tables([first, pa.Table.from_batches(held)]))
+            held, rows = [], 0
+            yield from later.to_batches(BATCH_ROWS)
+    _, later = _firsts(pa.concat_tables([first, pa.Table.from_batches(held, KEYED)]))
+    yield from later.to_batches(BATCH_ROWS)
+
+
+def _firsts(table: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """The first row of each key by origin, and all others."""
+    table = table.combine_chunks()
+    keys, origin = table["key"].combine_chunks(), table["origin"].to_numpy()
+    hashes = hash64_column(keys)
+    order = np.argsort(hashes)
+    # Only rows that share a hash can share a key, and strings are slow to compare.
+    same = np.append(np.diff(hashes[order]) == 0, False)
+    suspects = order[same | np.roll(same, 1)]
+    suspects = suspects[np.argsort(origin[suspects])]
+    _, at = np.unique(keys.take(pa.array(suspects)).to_numpy(zero_copy_only=False), return_index=True)
+    later = np.zeros(len(table), bool)
+    later[suspects] = True
+    later[suspects[at]] = False
+    return table.filter(pa.array(~later)), table.filter(pa.array(later))
