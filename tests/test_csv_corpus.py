@@ -377,6 +377,6 @@ def test_only_a_file_whose_lines_are_known_by_their_bytes_can_be_split(layout: L
 
 
 def test_all_reasons_are_listed() -> None:
-    assert len(set(rows.REASONS)) == len(rows.REASONS) == 11
+    assert len(set(rows.REASONS)) == len(rows.REASONS) == 12
     assert {case.rejects[0][2] for case in MALFORMED if case.rejects} <= set(rows.REASONS)
     assert csv_records.MAX_ROW_BYTES == MIB
