@@ -91,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _worth_showing(record: logging.LogRecord) -> bool:
     """Not what Beam says of a package that only its model manager needs, nor its traceback of an error that is told in a sentence."""
-    ours = record.exc_info and record.exc_info[0] and record.exc_info[0].__module__.partition(".")[0] in ("beam_jobs", "schemas", "model")
+    error = record.exc_info and record.exc_info[0]
+    ours = error and (issubclass(error, OSError) or error.__module__.partition(".")[0] in ("beam_jobs", "schemas", "model"))
     return not ours and "Resource module is not available" not in str(record.msg)
 
 

@@ -364,6 +364,7 @@ def test_a_header_that_cannot_be_used_is_told(header: bytes, message: str, layou
         (Layout(), "a.csv", False),
         (LINES, "a.csv", True),
         (LINES, "a.csv.gz", False),
+        (LINES, "A.CSV.GZ", False),
         (Layout(False, "latin-1"), "a.csv", True),
         (Layout(False, "cp1250"), "a.csv", True),
         (Layout(False, "UTF8"), "a.csv", True),

@@ -110,7 +110,7 @@ def test_a_read_that_fails_is_made_again(bucket: Storage, proxy: Proxy, how: str
     assert retries.take_retries() == {"retries": 1} and proxy.faults == {fault: 1}
 
 
-@pytest.mark.parametrize("how", ["read", "local", "stream", "names"])
+@pytest.mark.parametrize("how", ["read", "range", "local", "stream", "names"])
 def test_a_body_that_is_cut_where_it_says_that_it_is_whole_is_read_again(bucket: Storage, proxy: Proxy, how: str) -> None:
     read, expected = READING[how]
     # The stream's first request is for what is known of the object.

@@ -189,9 +189,9 @@ def test_accepted_rows_have_their_numbers_in_the_file() -> None:
         ("id,a,b\nÜ,名,😀\n".encode(), [("Ü", "名", "😀")]),
     ],
 )
-@pytest.mark.parametrize("file", ["ads.csv", "ads.csv.gz"])
+@pytest.mark.parametrize("file", ["ads.csv", "ads.csv.gz", "ADS.CSV.GZ"])
 def test_well_formed_files_are_read_as_they_are(data: bytes, expected: list[tuple[str, ...]], file: str) -> None:
-    accepted, rejected = read(gzip.compress(data) if file.endswith(".gz") else data, TEXTS, file)
+    accepted, rejected = read(gzip.compress(data) if file != "ads.csv" else data, TEXTS, file)
     assert [(row["id"], row["a"], row["b"]) for row in accepted] == expected
     assert rejected == []
 
