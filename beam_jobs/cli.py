@@ -37,6 +37,10 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`\n")
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            self.error(f"{value!r} is none of {', '.join(action.choices)}{suggestion(value, action.choices)}")
+
     def known_flags(self) -> list[str]:
         return [name for action in self._actions for name in action.option_strings]
 
@@ -87,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _worth_showing(record: logging.LogRecord) -> bool:
     """Not what Beam says of a package that only its model manager needs, nor its traceback of an error that is told in a sentence."""
-    ours = record.exc_info and record.exc_info[0] and record.exc_info[0].__module__.partition(".")[0] in ("beam_jobs", "schemas", "model")
+    error = record.exc_info and record.exc_info[0]
+    ours = error and (issubclass(error, OSError) or error.__module__.partition(".")[0] in ("beam_jobs", "schemas", "model"))
     return not ours and "Resource module is not available" not in str(record.msg)
 
 
@@ -127,6 +132,8 @@ def _parser() -> tuple[_Parser, Any]:
     ):
         infer.add_argument(f"--{tag}", metavar="COLUMN", help=text)
     infer.add_argument("--segment", action="append", metavar="COLUMN", help="sliced by in reports; more than one may be given")
+    for name in ("csv_newlines_in_values", "csv_encoding"):
+        _add_setting(infer, name)
     infer.add_argument("--out", required=True, metavar="FILE", help="where the contract is written")
     infer.set_defaults(run=_infer_contract)
 
@@ -170,15 +177,20 @@ def _add_run_flags(parser: argparse.ArgumentParser, run: Any) -> None:
     """The month, and a flag for each setting."""
     parser.add_argument("month", metavar="YYYY-MM")
     parser.add_argument("--config", metavar="FILE", help="settings in YAML, one `name: value` a line; flags win")
-    kinds = typing.get_type_hints(Config)
     for field in dataclasses.fields(Config):
-        kind = kinds[field.name]
-        if isinstance(kind, types.UnionType):
-            kind = next(option for option in typing.get_args(kind) if option is not type(None))
-        text = field.metadata["help"] + ("" if field.default in (dataclasses.MISSING, None) else f" (default: {field.default})")
-        read = _true_or_false if kind is bool else kind
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=read, metavar=kind.__name__.upper(), help=text)
+        _add_setting(parser, field.name)
     parser.set_defaults(run=run)
+
+
+def _add_setting(parser: argparse.ArgumentParser, name: str) -> None:
+    """A flag for one setting."""
+    field = next(field for field in dataclasses.fields(Config) if field.name == name)
+    kind = typing.get_type_hints(Config)[name]
+    if isinstance(kind, types.UnionType):
+        kind = next(option for option in typing.get_args(kind) if option is not type(None))
+    text = field.metadata["help"] + ("" if field.default in (dataclasses.MISSING, None) else f" (default: {field.default})")
+    read = _true_or_false if kind is bool else kind
+    parser.add_argument(f"--{name.replace('_', '-')}", type=read, metavar=kind.__name__.upper(), help=text)
 
 
 def _true_or_false(text: str) -> bool:
@@ -227,9 +239,13 @@ def _sample_data(arguments: argparse.Namespace, _: list[str]) -> None:
 
 def _infer_contract(arguments: argparse.Namespace, _: list[str]) -> None:
     from schemas import contract
+    from schemas.csv_records import Layout
 
+    given = {"csv_newlines_in_values": arguments.csv_newlines_in_values, "csv_encoding": arguments.csv_encoding}
+    config = load(None, {"lake": ".", **given})
+    layout = Layout(config.csv_newlines_in_values, config.csv_encoding)
     roles = {tag: [name] for tag in ("image", "clicked", "clicks", "impressions", "position") if (name := getattr(arguments, tag))}
-    drafted = contract.infer(arguments.files, {"key": arguments.key, "segment": arguments.segment or [], **roles})
+    drafted = contract.infer(arguments.files, {"key": arguments.key, "segment": arguments.segment or [], **roles}, layout)
     pathlib.Path(arguments.out).write_text(contract.dumps(drafted))
     print(
         f"{arguments.out}: {len(drafted.columns)} columns, {len(drafted.features)} of them features; look it through before the first month"

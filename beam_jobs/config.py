@@ -94,9 +94,11 @@ def load(path: str | None, flags: Mapping[str, Any]) -> Config:
         import yaml
 
         try:
-            settings = yaml.safe_load(pathlib.Path(path).read_text()) or {}
+            settings = yaml.safe_load(pathlib.Path(path).read_text("utf-8")) or {}
         except FileNotFoundError:
             raise ConfigError(f"config file {path!r} does not exist") from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"config file {path!r} is not UTF-8 ({error}); save it as UTF-8") from None
         except yaml.YAMLError as error:
             raise ConfigError(f"config file {path!r} is not YAML: {error}") from None
         if not isinstance(settings, dict):

@@ -6,11 +6,13 @@
 Writes `rows/<month>/<run>/` and `rejects/<month>/<run>/`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import gzip
 import pathlib
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
@@ -26,7 +28,7 @@ from beam_jobs.arrow import CommitStage, Repartition, ShardPair, Unit, pair_shar
 from beam_jobs.config import Config
 from beam_jobs.run import MonthRun
 from schemas import lake
-from schemas.csv_records import Layout
+from schemas.csv_records import Layout, is_packed
 from schemas.hashing import hash64_column, salted, shard_of_column
 from schemas.lake import Receipt
 from schemas.parquet import ParquetFile, read_parquet, upload, write_parquet
@@ -209,12 +211,14 @@ def estimated_rows(storage: Storage, files: tuple[Entry, ...]) -> int:
     """Rows of all files, guessed from the heads of a few; decides how many shards there are and nothing else."""
     lines = read = 0
     for entry in files[:8]:
-        head = storage.read(entry.name, 0, min(_HEAD_BYTES, entry.size))
-        if entry.name.endswith(".gz"):
-            with storage.open(entry.name) as stream, gzip.GzipFile(fileobj=stream) as plain:
-                found = plain.read(_HEAD_BYTES)
-                # A tenth is what CSV packs to.
-                lines, read = lines + found.count(b"\n"), read + max(1, min(entry.size, len(found) // 10))
+        if is_packed(entry.name):
+            found = b""
+            with storage.open(entry.name) as stream, contextlib.suppress(EOFError, gzip.BadGzipFile, zlib.error):
+                # What is no such file is told when it is read.
+                found = gzip.GzipFile(fileobj=stream).read(_HEAD_BYTES)
+            # A tenth is what CSV packs to.
+            lines, read = lines + found.count(b"\n"), read + max(1, min(entry.size, len(found) // 10))
         else:
+            head = storage.read(entry.name, 0, min(_HEAD_BYTES, entry.size))
             lines, read = lines + head.count(b"\n"), read + len(head)
     return int(sum(entry.size for entry in files) * lines / read) if read else 0

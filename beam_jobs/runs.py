@@ -154,11 +154,13 @@ def _kept_models(storage: Storage, kept: set[tuple[str, str]]) -> set[tuple[str,
 
 
 def _unlisted(storage: Storage) -> Iterator[str]:
-    """Files of attempts that failed or were repeated: in a folder whose manifest does not list them."""
-    for top in ("rows", "scores", "lookup", "models"):
-        names = storage.names(f"{top}/")
-        for manifest in [name for name in names if name.endswith(f"/{lake.MANIFEST}")]:
-            folder = manifest.rpartition("/")[0]
-            listed = lake.read_manifest(storage, folder)
-            files = set(listed.files) if listed else set()
-            yield from (name for name in names if name.startswith(f"{folder}/") and name != manifest and name not in files)
+    """Files of attempts that failed or were repeated: of a stage that is complete, and in no manifest."""
+    names = [name for top in (*OF_A_RUN, "creatives", "embeddings", "models") if top != "runs" for name in storage.names(f"{top}/")]
+    folders = [name.rpartition("/")[0] for name in names if name.endswith(f"/{lake.MANIFEST}")]
+    listed = {file for folder in folders if (manifest := lake.read_manifest(storage, folder)) for file in manifest.files}
+    # What was rejected stands in the manifest of the rows.
+    complete = {*folders, *(folder.replace("rows/", "rejects/", 1) for folder in folders if folder.startswith("rows/"))}
+    for name in names:
+        above = itertools.accumulate(name.split("/")[:-1], "{}/{}".format)
+        if name not in listed and not name.endswith(f"/{lake.MANIFEST}") and not complete.isdisjoint(above):
+            yield name

@@ -19,12 +19,19 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import pathlib
+import zlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from schemas.csv_records import Layout
+
+log = logging.getLogger("adstocrat")
 
 DEFAULT = pathlib.Path(__file__).with_name("ads.pbtxt")
 TAGS = ("key", "image", "clicked", "clicks", "impressions", "position", "segment", "categorical", "ignore")
@@ -100,9 +107,13 @@ class Contract:
         if bool(self.clicks) != bool(self.impressions) or (self.clicked and self.clicks):
             raise ContractError("the outcome is either one column tagged 'clicked', or one tagged 'clicks' and one tagged 'impressions'")
         for column in self.outcomes:
+            if len(column.tags) > 1:
+                tags = " and ".join(sorted(column.tags))
+                raise ContractError(f"contract column {column.name!r} is tagged {tags}; expected an outcome to be that alone")
             if column.kind != "int":
                 raise ContractError(
-                    f"contract column {column.name!r} is an outcome of type {column.kind!r}; expected INT, so whole numbers in the export"
+                    f"contract column {column.name!r} is an outcome of type {column.kind!r}; expected INT, so whole numbers in the export "
+                    "(3, not 3.0)"
                 )
         if self.position and self.position.kind == "bytes":
             raise ContractError(f"contract column {self.position.name!r} is a position of type BYTES; expected INT or FLOAT")
@@ -183,9 +194,11 @@ def load(path: pathlib.Path | str) -> Contract:
         ContractError: no such file, not a TensorFlow Metadata Schema in text form, or a column that cannot be used.
     """
     try:
-        text = pathlib.Path(path).read_text()
+        text = pathlib.Path(path).read_text("utf-8")
     except FileNotFoundError:
         raise ContractError(f"contract {str(path)!r} does not exist; draft one with `adstocrat infer-contract FILES`") from None
+    except UnicodeDecodeError as error:
+        raise ContractError(f"contract {str(path)!r} is not UTF-8 ({error}); save it as UTF-8") from None
     return parse(text, str(path))
 
 
@@ -246,40 +259,52 @@ def _column(feature: Any) -> Column:
     )
 
 
-def infer(files: Sequence[str], roles: dict[str, Sequence[str]]) -> Contract:
-    """Draft a contract from CSV files: every value of every file is looked at, so that what is drafted reads them all.
+def infer(files: Sequence[str], roles: dict[str, Sequence[str]], layout: "Layout | None" = None) -> Contract:
+    """Draft a contract from CSV files: every row that ingest can read is looked at, so that what is drafted reads them all.
 
     Args:
         files: paths of CSV files with a header; `.gz` is unpacked.
         roles: column names by tag, such as {"key": ["ad_id"], "image": ["image"]}.
+        layout: how the files are written; None is UTF-8 with any quoting.
 
     Raises:
-        ContractError: no file, a role's column is not in the files, or a file cannot be read as CSV.
+        ContractError: no file has a header, a role's column is not in the files, or a file cannot be read as CSV.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
-    import pyarrow.csv as csv
 
+    # Those read rows by a contract, so they need this module first.
+    from schemas import csv_records, rows
+
+    layout = layout or rows.AS_USUAL
     kinds: dict[str, str | None] = {}
-    if not files:
-        raise ContractError("no file to infer a contract from; name one or more CSV files")
+    counts = Counter[str]()
     for file in files:
         try:
-            with csv.open_csv(file, read_options=csv.ReadOptions(use_threads=False)) as peek:
-                names = peek.schema.names
-            _check_header(file, names, list(kinds))
-            kinds.update((name, None) for name in names if name not in kinds)
-            options = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, null_values=[""])
-            with csv.open_csv(file, parse_options=csv.ParseOptions(newlines_in_values=True), convert_options=options) as reader:
-                for batch in reader:
-                    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-                        kinds[name] = _widen(kinds.get(name), column, pa, pc)
-        except (OSError, pa.ArrowInvalid) as error:
+            with open(file, "rb") as stream:
+                header, _ = csv_records.open_file(stream, file, layout, rows.BLOCK_BYTES)
+                if header is None:
+                    continue
+                names = _named(file, header, list(kinds))
+                kinds = kinds or dict.fromkeys(names)
+                _check_roles(roles, names)
+                # Whatever the values are, they are text, and a key is there.
+                keys = set(roles.get("key", ()))
+                key = [Column(name, "bytes", frozenset({"key"}), required=True) for name in names if name in keys]
+                texts = Contract((*key, *(Column(name, "bytes") for name in names if name not in keys)))
+                stream.seek(0)
+                for checked in rows.read_rows(stream, texts, file, layout):
+                    counts["read"] += checked.read
+                    counts.update(checked.rejects["reason"].to_pylist())
+                    kinds = {name: _widen(kind, checked.rows[name], pa, pc) for name, kind in kinds.items()}
+        except (OSError, EOFError, zlib.error, csv_records.HeaderError) as error:
             raise ContractError(f"{file!r} cannot be read as CSV: {error}") from None
-    for tag, columns in roles.items():
-        for name in columns:
-            if name not in kinds:
-                raise ContractError(f"--{tag} {name!r} is not a column of the files; expected one of {', '.join(kinds)}")
+    if not kinds:
+        raise ContractError(f"no file to infer a contract from: none of {list(files)} has a header; name one or more CSV files")
+    read = counts.pop("read", 0)
+    if counts:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in counts.most_common())
+        log.info("%d of %d rows cannot be read and say nothing here, as they will be rejected: %s", counts.total(), read, reasons)
     drafted = []
     for name, kind in kinds.items():
         tags = frozenset(tag for tag, columns in roles.items() if name in columns)
@@ -293,14 +318,26 @@ def infer(files: Sequence[str], roles: dict[str, Sequence[str]]) -> Contract:
     return Contract(tuple(drafted))
 
 
-def _check_header(file: str, names: list[str], known: list[str]) -> None:
-    """All files have the same columns, in whatever order, each once."""
+def _check_roles(roles: dict[str, Sequence[str]], names: list[str]) -> None:
+    """Every role is that of a column."""
+    for tag, columns in roles.items():
+        for name in columns:
+            if name not in names:
+                raise ContractError(f"--{tag} {name!r} is not a column of the files; expected one of {', '.join(names)}")
+
+
+def _named(file: str, header: list[str], known: list[str]) -> list[str]:
+    """The names in a header, each once; all files have the same, in whatever order."""
+    if "" in header:
+        log.info("%s: column %d has no name, so it is left out; name it in the export if it is to be used", file, header.index("") + 1)
+    names = [name for name in header if name]
     for name in names:
-        if not name or names.count(name) > 1:
+        if names.count(name) > 1:
             raise ContractError(f"{file!r} has the column {name!r} {names.count(name)} times; expected a header of different names")
     if known and set(names) != set(known):
         odd = ", ".join(sorted(set(names) ^ set(known)))
         raise ContractError(f"{file!r} does not have the columns of the files before it, see {odd}; draft a contract for each kind of file")
+    return names
 
 
 def _widen(kind: str | None, column: Any, pa: Any, pc: Any) -> str | None:

@@ -48,6 +48,11 @@ class HeaderError(ValueError):
     """A file whose first record is no header."""
 
 
+def is_packed(file: str) -> bool:
+    """Whether a file is gzip's, by its name."""
+    return file.lower().endswith(".gz")
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """How the files are written.
@@ -67,7 +72,7 @@ class Layout:
 
     def can_split(self, file: str) -> bool:
         """Whether a file can be read from its middle."""
-        return not self.newlines_in_values and self.codec.startswith(_SPLITTABLE) and not file.endswith(".gz")
+        return not self.newlines_in_values and self.codec.startswith(_SPLITTABLE) and not is_packed(file)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +163,7 @@ def open_file(
 
 
 def _pieces(stream: BinaryIO, file: str, size: int) -> Iterator[bytes]:
-    source: Any = gzip.GzipFile(fileobj=stream) if file.endswith(".gz") else stream
+    source: Any = gzip.GzipFile(fileobj=stream) if is_packed(file) else stream
     return iter(functools.partial(source.read, size), b"")
 
 

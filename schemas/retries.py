@@ -1,12 +1,15 @@
 """Requests to a bucket that are made again while their errors may pass, and counted; errors that stay are told in words."""
 
+import contextlib
 import functools
+import os
 import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
+CONNECTIONS = 64
 # Seconds to connect, and to wait for the next bytes of an object; and for how long what fails is tried again.
 READ_TIMEOUT = (5.0, 8.0)
 RETRY_SECONDS = 120.0
@@ -47,6 +50,18 @@ def ask(request: Callable[[], Answer], uri: str, name: str | None = None) -> Ans
     except exceptions.RetryError as error:
         expected = f"expected an answer within {RETRY_SECONDS:.0f} s of trying"
         raise TimeoutError(f"{url} cannot be reached: {expected}; run the same command again later ({error.cause})") from error
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """What a folder refuses, in words."""
+    try:
+        yield
+    except PermissionError as error:
+        if error.errno is None:
+            raise
+        expected = "expected a user who may read and write there; grant it with chown or chmod, or name another --lake"
+        raise PermissionError(f"{error.filename} may not be used: {expected} ({error.strerror})") from error
 
 
 def again(request: Callable[[], Answer]) -> Callable[[], Answer]:
@@ -92,3 +107,18 @@ def take_retries() -> Counter[str]:
         taken = _retries.copy()
         _retries.clear()
     return taken
+
+
+@functools.cache
+def client() -> Any:
+    """One storage client a process, with a connection for each fetching thread."""
+    from google.cloud import storage  # type: ignore[attr-defined]
+    from requests.adapters import HTTPAdapter
+
+    # It would ask for the bucket itself at times, behind our back, to name it in traces that nobody takes.
+    os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
+    client = storage.Client()
+    adapter = HTTPAdapter(pool_maxsize=CONNECTIONS, pool_connections=CONNECTIONS)
+    client._http.mount("https://", adapter)
+    client._http.mount("http://", adapter)
+    return client

@@ -20,12 +20,12 @@ import pyarrow.csv as csv
 
 from schemas import csv_records
 from schemas.contract import Column, Contract, ContractError
-from schemas.csv_records import MAX_ROW_BYTES, ROW_TOO_LONG, STRAY_QUOTE, UNCLOSED_QUOTE, Block, Fault, HeaderError, Layout
+from schemas.csv_records import MAX_ROW_BYTES, Block, Fault, HeaderError, Layout
 
 BLOCK_BYTES = 8 << 20
 MAX_KEY_BYTES = 500
 
-# The closed list of reasons to reject a row; the first that holds is the one that counts. Three more are those of `csv_records`.
+# Reasons to reject a row; the first that holds is the one that counts. Three more are those of `csv_records`.
 FIELD_COUNT = "field_count"
 BAD_ENCODING = "bad_encoding"
 UNPARSABLE = "unparsable"
@@ -35,10 +35,6 @@ CLICKS_OVER_IMPRESSIONS = "clicks_over_impressions"
 KEY_TOO_LONG = "key_too_long"
 DUPLICATE_KEY = "duplicate_key"
 IMAGE_OUTSIDE_MONTH = "image_outside_month"
-REASONS = (
-    *(UNCLOSED_QUOTE, STRAY_QUOTE, ROW_TOO_LONG, FIELD_COUNT, BAD_ENCODING, UNPARSABLE, MISSING_REQUIRED, OUT_OF_DOMAIN),
-    *(CLICKS_OVER_IMPRESSIONS, KEY_TOO_LONG, IMAGE_OUTSIDE_MONTH, DUPLICATE_KEY),
-)
 
 AS_USUAL = Layout()
 _TEXTS = ("column", "reason", "value", "line")

@@ -23,9 +23,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
-from schemas.retries import READ_TIMEOUT, again, ask
+from schemas.retries import READ_TIMEOUT, again, ask, told
+from schemas.retries import client as _client
 
-CONNECTIONS = 64
 STREAM_CHUNK = 8 << 20
 # Metadata of what is written on a condition: which write it is.
 WRITE = "adstocrat-write"
@@ -145,6 +145,12 @@ def _crc32c_of_file(path: pathlib.Path) -> str:
     return base64.b64encode(checksum.digest()).decode()
 
 
+def _not_there(error: OSError) -> None:
+    """A folder that is not there holds nothing; of one that cannot be read that is not known."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
+
+
 @dataclasses.dataclass(frozen=True)
 class Folder(Storage):
     """A lake in a local folder: hard links create, a lock and a rename swap."""
@@ -155,22 +161,21 @@ class Folder(Storage):
     def _root(self) -> pathlib.Path:
         return pathlib.Path(self.uri)
 
+    @told()
     def names(self, prefix: str) -> list[str]:
         top = self._root / prefix.rpartition("/")[0]
         found = []
-        for folder, folders, files in os.walk(top):
+        for folder, folders, files in os.walk(top, onerror=_not_there):
             folders[:] = [name for name in folders if not name.startswith(".")]
             relative = os.path.relpath(folder, self._root).replace(os.sep, "/")
             found += [file if relative == "." else f"{relative}/{file}" for file in files if not file.startswith(".")]
         return sorted(name for name in found if name.startswith(prefix))
 
+    @told()
     def entries(self, prefix: str) -> list[Entry]:
         # A checksum is remembered with the size and modification time it was computed at, so a file is read again only when it changed.
-        memory_path = self._root / ".checksums" / (hashlib.sha256(prefix.encode()).hexdigest()[:16] + ".json")
-        try:
-            memory = json.loads(memory_path.read_text())
-        except FileNotFoundError:
-            memory = {}
+        memory_name = f".checksums/{hashlib.sha256(prefix.encode()).hexdigest()[:16]}.json"
+        memory = self.read_json(memory_name) or {}
 
         def entry(name: str) -> tuple[Entry, int]:
             path = self._root / name
@@ -184,17 +189,18 @@ class Folder(Storage):
             found = list(pool.map(entry, self.names(prefix)))
         remembered = {e.name: [e.size, changed, e.crc32c] for e, changed in found}
         if remembered != memory:
-            self._replace(memory_path, json.dumps(remembered).encode())
+            self.write(memory_name, json.dumps(remembered).encode())
         return [e for e, _ in found]
 
     def last_change(self, prefix: str) -> float | None:
         return max((os.path.getmtime(self._root / name) for name in self.names(prefix)), default=None)
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
-        with open(self._root / name, "rb") as stream:
+        with self.open(name) as stream:
             stream.seek(offset)
             return stream.read(-1 if length is None else length)
 
+    @told()
     def open(self, name: str, chunk: int = STREAM_CHUNK) -> BinaryIO:
         return open(self._root / name, "rb")
 
@@ -212,6 +218,7 @@ class Folder(Storage):
             temporary.unlink()
         return True
 
+    @told()
     def swap(self, name: str, version: str | None, data: bytes) -> bool:
         path = self._root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -237,11 +244,10 @@ class Folder(Storage):
 
     @contextlib.contextmanager
     def local(self, name: str) -> Iterator[pathlib.Path]:
-        path = self._root / name
-        if not path.is_file():
-            raise FileNotFoundError(path)
-        yield path
+        self.open(name).close()
+        yield self._root / name
 
+    @told()
     def delete(self, prefix: str) -> None:
         for name in self.names(prefix):
             (self._root / name).unlink(missing_ok=True)
@@ -251,6 +257,7 @@ class Folder(Storage):
     def url(self, name: str) -> str:
         return str(self._root / name)
 
+    @told()
     def _temporary(self, path: pathlib.Path, data: bytes) -> pathlib.Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
@@ -306,7 +313,15 @@ class Bucket(Storage):
         if length == 0:
             return b""
         span = {} if not offset and length is None else {"start": offset, "end": None if length is None else offset + length - 1}
-        return ask(lambda: self._blob(name).download_as_bytes(**span, retry=None, timeout=READ_TIMEOUT), self.uri, name)
+
+        def ranged() -> bytes:
+            data: bytes = self._blob(name).download_as_bytes(**span, retry=None, timeout=READ_TIMEOUT)
+            # A range has no checksum that would tell that it was cut.
+            if len(data) < (length or 0) and offset + len(data) < self._found(name).size:
+                raise ConnectionError(f"{len(data):,} bytes of {length:,} came")
+            return data
+
+        return ask(ranged, self.uri, name)
 
     def open(self, name: str, chunk: int = STREAM_CHUNK) -> BinaryIO:
         # A piece that comes short is no end: the reader goes on from where it ended.
@@ -381,18 +396,3 @@ class Bucket(Storage):
                 return (self._found(name).metadata or {}).get(WRITE) == write
             return False
         return True
-
-
-@functools.cache
-def _client() -> Any:
-    """One storage client a process, with a connection for each fetching thread."""
-    from google.cloud import storage  # type: ignore[attr-defined]
-    from requests.adapters import HTTPAdapter
-
-    # It would ask for the bucket itself at times, behind our back, to name it in traces that nobody takes.
-    os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
-    client = storage.Client()
-    adapter = HTTPAdapter(pool_maxsize=CONNECTIONS, pool_connections=CONNECTIONS)
-    client._http.mount("https://", adapter)
-    client._http.mount("http://", adapter)
-    return client

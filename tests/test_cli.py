@@ -54,7 +54,8 @@ def test_every_setting_is_a_flag(capsys: pytest.CaptureFixture[str], command: st
     ("arguments", "message"),
     [
         ([], "the following arguments are required: COMMAND; see `adstocrat --help`"),
-        (["mont"], "invalid choice: 'mont' (choose from 'sample-data', 'infer-contract', 'month'"),
+        (["moth"], "'moth' is none of sample-data, infer-contract, month, "),
+        (["moth"], "serve; did you mean 'month'?; see `adstocrat --help`"),
         (["month", "--lake", "./a"], "adstocrat month: the following arguments are required: YYYY-MM; see `adstocrat month --help`"),
         ([*ONE_MONTH, "--lkae", "./a"], "unknown flag or argument '--lkae'; did you mean '--lake'?; see `adstocrat month --help`"),
         ([*ONE_MONTH, "--window-month=2"], "unknown flag or argument '--window-month=2'; did you mean '--window-months'?"),

@@ -99,3 +99,10 @@ def test_only_settings_that_change_what_is_computed_make_another_run() -> None:
 
 def test_every_setting_says_what_it_is() -> None:
     assert all(field.metadata["help"] for field in dataclasses.fields(Config))
+
+
+def test_a_file_that_is_no_text_is_refused_by_name(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "month.yaml"
+    path.write_bytes(b"lake: ./gr\xf6\xdfe")
+    with pytest.raises(ConfigError, match=r"month.yaml' is not UTF-8 \(.*\); save it as UTF-8"):
+        load(str(path), {})

@@ -9,6 +9,7 @@ import pytest
 
 from schemas import contract as contracts
 from schemas.contract import Column, Contract, ContractError
+from schemas.csv_records import Layout
 from schemas.rows import read_rows
 
 KEY = Column("id", "bytes", frozenset({"key"}), required=True)
@@ -182,6 +183,13 @@ def test_a_contract_that_is_not_there_is_refused_with_the_way_to_draft_one(tmp_p
         contracts.load(tmp_path / "none.pbtxt")
 
 
+def test_a_contract_that_is_no_text_is_refused_by_name(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "c.pbtxt"
+    path.write_bytes(b'feature { name: "gr\xf6\xdfe" }')
+    with pytest.raises(ContractError, match=r"c.pbtxt' is not UTF-8 \(.*\); save it as UTF-8"):
+        contracts.load(path)
+
+
 def infer(tmp_path: pathlib.Path, roles: dict[str, list[str]], **files: bytes) -> tuple[Contract, list[str]]:
     """The contract drafted from files; a name's `_` stands for a dot."""
     paths = []
@@ -283,10 +291,12 @@ def test_what_is_drafted_reads_every_row_of_the_file(tmp_path: pathlib.Path, nam
         (b"id,x\na,1\n", {"key": ["ad"]}, "--key 'ad' is not a column of the files; expected one of id, x"),
         (b"id,x\na,1\n", {"key": ["id"], "image": ["photo"]}, "--image 'photo' is not a column of the files"),
         (b"id,x\n", {"key": ["ad"]}, "--key 'ad' is not a column of the files; expected one of id, x"),
-        (b"", {"key": ["id"]}, "a.csv' cannot be read as CSV: Empty CSV file"),
-        (b"id,x\na,1,2\n", {"key": ["id"]}, "a.csv' cannot be read as CSV"),
-        (b"id,x\n\xff,1\n", {"key": ["id"]}, "a.csv' cannot be read as CSV"),
-        (b"id,x\na,1.5\n", {"key": ["id"], "clicked": ["x"]}, "'x' is an outcome of type 'float'; expected INT"),
+        (b"", {"key": ["id"]}, "none of ['"),
+        (b"id,x,x\n", {"key": ["id"]}, "a.csv' has the column 'x' 2 times; expected a header of different names"),
+        (b'"id,x\n' + bytes(2 << 20), {"key": ["id"]}, "a.csv' cannot be read as CSV: its header is none"),
+        (b"id,x\na,1.0\n", {"key": ["id"], "clicked": ["x"]}, "'x' is an outcome of type 'float'; expected INT, so whole numbers in the"),
+        (b"id,x\na,1\n", {"key": ["id"], "clicks": ["x"], "impressions": ["x"]}, "'x' is tagged clicks and impressions; expected"),
+        (b"id,x\na,1\n", {"key": ["id"], "clicked": ["x"], "segment": ["x"]}, "'x' is tagged clicked and segment; expected an outcome to"),
         (b"key,x\na,1\n", {"key": ["key"]}, "'key' has a reserved name"),
     ],
 )
@@ -296,6 +306,47 @@ def test_files_that_no_contract_can_be_drafted_from_are_refused(
     with pytest.raises(ContractError) as refused:
         infer(tmp_path, roles, a_csv=data)
     assert message in str(refused.value)
+
+
+def test_rows_that_ingest_rejects_say_nothing_and_are_counted(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    data = b'id,x\na,1\nb,many,many\n\xff,text\n,text\nc,"2\nd,3\n'
+    contract, _ = infer(tmp_path, {"key": ["id"]}, a_csv=data, b_csv=b"x,id\n4,e\n")
+    assert kinds(contract) == {"id": "bytes", "x": "int"}
+    assert "4 of 7 rows cannot be read" in caplog.text
+    for reason in ("field_count", "bad_encoding", "missing_required", "unclosed_quote"):
+        assert f"{reason} 1" in caplog.text
+
+
+def test_a_column_without_a_name_is_left_out_and_told(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As a data frame's index is written, or a comma at the end of each line."""
+    caplog.set_level("INFO")
+    contract, (path,) = infer(tmp_path, {"key": ["id"]}, a_csv=b",id,x,\n0,a,1,\n")
+    assert kinds(contract) == {"id": "bytes", "x": "int"}
+    assert f"{path}: column 1 has no name, so it is left out" in caplog.text
+
+
+def test_files_are_read_in_their_own_layout(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "a.csv"
+    for encoding in ("latin-1", "utf-16"):
+        path.write_text('id,größe\nä,1\nb,19" oder\n', encoding)
+        contract = contracts.infer([str(path)], {"key": ["id"]}, Layout(encoding=encoding))
+        assert kinds(contract) == {"id": "bytes", "größe": "bytes"}
+    path.write_text('id,x\na,"1\nb,2\n')
+    assert kinds(contracts.infer([str(path)], {"key": ["id"]}, Layout(newlines_in_values=False))) == {"id": "bytes", "x": "int"}
+
+
+def test_a_file_without_a_header_is_passed_over(tmp_path: pathlib.Path) -> None:
+    contract, _ = infer(tmp_path, {"key": ["id"]}, a_csv=b"", b_csv=b"id,x\na,1\n", c_csv=b"\r\n\r\n")
+    assert kinds(contract) == {"id": "bytes", "x": "int"}
+
+
+def test_a_gz_file_that_is_none_is_refused_by_name(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "a.csv.gz"
+    for data in (b"id,x\na,1\n", gzip.compress(b"id,x\na,1\n" * 9999)[:-9]):
+        path.write_bytes(data)
+        with pytest.raises(ContractError, match=r"a\.csv\.gz'? cannot be read as CSV"):
+            contracts.infer([str(path)], {"key": ["id"]})
 
 
 @pytest.mark.parametrize("name", ["none.csv", "."])

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from schemas import rows
+from schemas import csv_records, rows
 from schemas.contract import Column, Contract
 from schemas.csv_records import Layout
 from schemas.rows import read_rows
@@ -51,7 +51,7 @@ def read(data: bytes, layout: Layout, block_bytes: int, cuts: list[int] | None =
             accepted += [(number, *row.values()) for number, row in zip(numbers, block.rows.to_pylist(), strict=True)]
             rejects += [{**reject, "row": reject["row"] + before} for reject in block.rejects.to_pylist()]
             for reject in rejects:
-                if reject["reason"] == rows.ROW_TOO_LONG:
+                if reject["reason"] == csv_records.ROW_TOO_LONG:
                     # How much of such a line is shown depends on the blocks where a row may be shorter than what is shown of it.
                     reject["line"] = reject["value"] = ""
             read += block.read

@@ -1,4 +1,6 @@
-"""Storage that fails now and then: requests are made again, pointers move by compare-and-swap, and only new images are fetched.
+"""Storage that fails now and then, and bundles that fail once: what is done again comes to the same.
+
+Requests are made again, pointers move by compare-and-swap, only new images are fetched, and only what manifests list counts.
 
 At full size where ADSTOCRAT_LONG is set, at about a tenth of it otherwise.
 """
@@ -15,20 +17,23 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 from unittest import mock
 from urllib.parse import quote, urlencode
 
 import numpy as np
 import pytest
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.runners.worker.bundle_processor import BundleProcessor
 from PIL import Image
 from proxy import Proxy, first, per_hundred, running, untouched
 from test_end_to_end import published_table
 
-from beam_jobs import ledger
+from beam_jobs import ingest, ledger, runner
 from beam_jobs import month as months
 from beam_jobs.config import Config
-from beam_jobs.run import prepare
+from beam_jobs.run import MonthRun, prepare
+from beam_jobs.runs import garbage
 from schemas import lake, retries, storage
 from schemas.lake import CHAMPION, CURRENT, Champion, Current, Manifest
 from schemas.sample import write_months
@@ -42,6 +47,8 @@ IMAGES = 2000 if LONG else 200
 READS = {"503": 5, "reset": 2, "truncated": 1}
 DATA = os.urandom(100_000)
 Made = TypeVar("Made")
+# A lake, and the table that each month published.
+Published = tuple[Storage, list[dict[str, dict[str, Any]]]]
 
 
 @pytest.fixture
@@ -103,7 +110,7 @@ def test_a_read_that_fails_is_made_again(bucket: Storage, proxy: Proxy, how: str
     assert retries.take_retries() == {"retries": 1} and proxy.faults == {fault: 1}
 
 
-@pytest.mark.parametrize("how", ["read", "local", "stream", "names"])
+@pytest.mark.parametrize("how", ["read", "range", "local", "stream", "names"])
 def test_a_body_that_is_cut_where_it_says_that_it_is_whole_is_read_again(bucket: Storage, proxy: Proxy, how: str) -> None:
     read, expected = READING[how]
     # The stream's first request is for what is known of the object.
@@ -203,34 +210,167 @@ def test_the_plan_keeps_its_shares() -> None:
 # --- Whole months ---
 
 
-def test_a_month_behind_faults_publishes_the_same_table_and_tells_of_its_retries(cloud: dict[str, str], proxy: Proxy) -> None:
-    for name in ("faultless", "faulty"):
-        place, dataset = open_storage(f"gs://adstocrat/{name}"), f"{cloud['GOOGLE_CLOUD_PROJECT']}.{name}"
-        write_months(place, MONTHS, ADS, CREATIVES, 0, lambda line: None)
-        for i, month in enumerate(MONTHS):
-            proxy.seen.clear()
-            proxy.plan = per_hundred(i, READS, stall=None if i else 20) if name == "faulty" else untouched
-            # What came after the ledger of the month before is no part of this one's.
-            retries.take_retries()
-            run = prepare(Config(lake=place.uri, dataset=dataset), month)
+def months_of(
+    cloud: dict[str, str], name: str, begin: Callable[[int], Any] = lambda number: None, ended: Callable[[MonthRun], Any] = lambda run: None
+) -> Published:
+    """Run the sample's months, with some bad rows, in a lake and a dataset of that name: the lake, and each month's published table.
+
+    Args:
+        begin: called with each month's number before it runs.
+        ended: called when it ran.
+    """
+    place, dataset = open_storage(f"gs://adstocrat/{name}"), f"{cloud['GOOGLE_CLOUD_PROJECT']}.{name}"
+    write_months(place, MONTHS, ADS, CREATIVES, 0, lambda line: None)
+    for i, month in enumerate(MONTHS):
+        ads = place.names(lake.raw_ads(month))[0]
+        bad = b"bad-1,adv,cmp\nbad-2,adv,cmp,banner,slot01,mobile,3,0.5,2,../escape.jpg,10,0\n"
+        place.write(ads, place.read(ads) + bad)
+        place.write(f"{lake.raw_images(month)}broken.jpg", b"no picture")
+        begin(i)
+        # What came after the ledger of the month before is no part of this one's.
+        retries.take_retries()
+        # In parts, so that what they reject is put together.
+        with mock.patch.object(ingest, "SPLIT_BYTES", 10_000):
+            run = prepare(Config(lake=place.uri, dataset=dataset, csv_newlines_in_values=False), month)
             months.run_month(run, [])
-            proxy.plan = untouched
-            assert lake.read_pointer(place, CURRENT, Current)[0] == Current(month, run.id)
-            taken = place.read_json(f"{run.folder}/ledger.json")
-            # Every fault until the ledger was written is one request made again.
-            last = next(n for n, seen in enumerate(proxy.seen) if seen.method == "POST" and seen.name.endswith("/ledger.json"))
-            assert taken["counts"].get("retries", 0) == sum(bool(seen.fault) for seen in proxy.seen[:last])
-            assert ("requests made again" in ledger.show(taken)) == (name == "faulty") and taken["balanced"]
-            if name == "faulty":
-                assert proxy.faults.keys() == {*READS, *(["stall"] if i == 0 else [])}
-                assert run.manifest(run.stage("creatives") + "/packs", "creatives").count("retries") > 0
-    for month in MONTHS:
-        tables = [published_table(f"{cloud['GOOGLE_CLOUD_PROJECT']}.{name}", month) for name in ("faultless", "faulty")]
-        # The run's id is in it, too.
-        assert tables[0] == tables[1] and len(tables[0]) == ADS
+        ended(run)
+        assert lake.read_pointer(place, CURRENT, Current)[0] == Current(month, run.id)
+        taken = place.read_json(f"{run.folder}/ledger.json")
+        assert taken["balanced"] and taken["rejected"] == {"field_count": 1, "image_outside_month": 1}
+    return place, [published_table(dataset, month) for month in MONTHS]
+
+
+@pytest.fixture(scope="module")
+def faultless(cloud: dict[str, str]) -> Published:
+    """The months without a fault."""
+    place, tables = months_of(cloud, "faultless", ended=lambda run: retries_of(run, 0))
+    assert [len(table) for table in tables] == [ADS for _ in MONTHS]
+    return place, tables
+
+
+def retries_of(run: MonthRun, expected: int) -> None:
+    """The ledger tells of so many requests that were made again."""
+    taken = run.storage.read_json(f"{run.folder}/ledger.json")
+    assert taken["counts"].get("retries", 0) == expected
+    assert ("requests made again" in ledger.show(taken)) == (expected > 0)
+
+
+def test_a_month_behind_faults_publishes_the_same_table_and_tells_of_its_retries(
+    cloud: dict[str, str], faultless: Published, proxy: Proxy
+) -> None:
+    def begin(number: int) -> None:
+        proxy.seen.clear()
+        proxy.plan = per_hundred(number, READS, stall=None if number else 20)
+
+    def end(run: MonthRun) -> None:
+        proxy.plan = untouched
+        # Every fault until the ledger was written is one request made again.
+        last = next(n for n, seen in enumerate(proxy.seen) if seen.method == "POST" and seen.name.endswith("/ledger.json"))
+        retries_of(run, sum(bool(seen.fault) for seen in proxy.seen[:last]))
+        assert proxy.faults.keys() == {*READS, *(["stall"] if run.month == MONTHS[0] else [])}
+        assert run.manifest(run.stage("creatives") + "/packs", "creatives").count("retries") > 0
+
+    place, tables = months_of(cloud, "faulty", begin, end)
+    same_published(faultless, (place, tables))
+
+
+def same_published(one: Published, other: Published) -> None:
+    """Both published the same tables, run ids too, and their pointers are the same."""
+    assert one[1] == other[1]
     for pointer, kind in ((CHAMPION, Champion), (CURRENT, Current)):
-        found = [lake.read_pointer(open_storage(f"gs://adstocrat/{name}"), pointer, kind)[0] for name in ("faultless", "faulty")]
+        found = [lake.read_pointer(place, pointer, kind)[0] for place, _ in (one, other)]
         assert found[0] == found[1]
+
+
+# --- Bundles that fail ---
+
+
+class ForcedError(RuntimeError):
+    """What a bundle fails with once it is done."""
+
+
+class FailingRunner(FnApiRunner):
+    """The local runner, where every bundle of every stage fails once, when it has done and written all; what it put out is thrown away.
+
+    Attributes:
+        failing: whether the bundle that runs is to fail.
+        failed: names of the transforms in the bundles that did.
+    """
+
+    failing = False
+    failed: ClassVar[set[str]] = set()
+
+    def __init__(self) -> None:
+        super().__init__(bundle_repeat=1)
+
+    def _run_bundle_multiple_times_for_testing(self, *arguments: Any) -> None:
+        FailingRunner.failing = True
+        try:
+            with pytest.raises(ForcedError):
+                super()._run_bundle_multiple_times_for_testing(*arguments)
+        finally:
+            FailingRunner.failing = False
+
+
+def process_and_fail(bundle: BundleProcessor, *arguments: Any) -> Any:
+    """As the worker's own, but for the bundles that are to fail."""
+    done = PROCESS_BUNDLE(bundle, *arguments)
+    if FailingRunner.failing:
+        FailingRunner.failed |= {
+            part for each in bundle.process_bundle_descriptor.transforms.values() for part in each.unique_name.split("/")
+        }
+        raise ForcedError
+    return done
+
+
+PROCESS_BUNDLE = BundleProcessor.process_bundle
+# The steps that write to the lake.
+WRITING = {"ReadRows", "NumberRejects", "Spill", "WriteRows", "FetchAndDecode", "WriteIndex", "Train", "WriteEmbeddings", "WriteShards"}
+WRITING |= {"Decide", "WriteScores", "WriteShard", "CreateManifest"}
+
+
+def test_bundles_that_fail_once_they_have_written_leave_nothing_that_counts(
+    cloud: dict[str, str], faultless: Published, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same is published, in all that it is made of; what failed bundles wrote is in no manifest, and all of it is garbage."""
+    discarded: set[str] = set()
+    unique = lake.unique
+
+    def noted(folder: str, stem: str, suffix: str) -> str:
+        name = unique(folder, stem, suffix)
+        if FailingRunner.failing:
+            discarded.add(name)
+        return name
+
+    monkeypatch.setattr(lake, "unique", noted)
+    monkeypatch.setattr(runner, "FnApiRunner", FailingRunner)
+    monkeypatch.setattr(BundleProcessor, "process_bundle", process_and_fail)
+    repeated = months_of(cloud, "repeated")
+    same_published(faultless, repeated)
+    assert FailingRunner.failed >= WRITING
+
+    contents: list[dict[str, Any]] = []
+    for place, _ in (faultless, repeated):
+        manifests = {
+            name: lake.read_manifest(place, name.rpartition("/")[0]) for name in place.names("") if name.endswith("/manifest.json")
+        }
+        listed = {file for manifest in manifests.values() if manifest for file in manifest.files}
+        # Not by unit, since that of embeddings names the pack; and a model's own files tell when they were written.
+        contents.append(
+            {
+                name: sorted((receipt.rows, sorted(receipt.counts.items()), receipt.crc32c) for receipt in manifest.receipts)
+                for name, manifest in manifests.items()
+                if manifest and not name.startswith("models/")
+            }
+        )
+    assert contents[0] == contents[1]
+
+    # A model's manifest is written by the bundle that trains it: there the first to write it counts, and the second is garbage.
+    assert discarded and not {file for file in listed if not file.startswith("models/")} & discarded
+    made = {name for name in repeated[0].names("") if name.split("/")[0] not in ("raw", "truth", "runs", "publish")}
+    orphans = made - listed - manifests.keys() - {CHAMPION, CURRENT}
+    assert {name.split("/")[0] for name in orphans} == {"rows", "rejects", "creatives", "embeddings", "models", "scores", "lookup"}
+    assert set(garbage(repeated[0], 1)) == orphans
 
 
 def each(act: Callable[[Made], None], all: Iterable[Made]) -> None:

@@ -249,6 +249,14 @@ def test_rows_are_guessed_about_right(tmp_path: pathlib.Path, packed: bool) -> N
     assert ingest.estimated_rows(storage, ()) == 0
 
 
+@pytest.mark.parametrize("data", [b"no gzip at all\n", gzip.compress(b"id\n1\n" * 999)[:-9], b""])
+def test_rows_of_what_is_no_gz_file_are_not_guessed(tmp_path: pathlib.Path, data: bytes) -> None:
+    """Reading it tells what is wrong, with its name."""
+    storage = Folder(str(tmp_path))
+    storage.write("a.csv.gz", data)
+    assert ingest.estimated_rows(storage, tuple(storage.entries("a"))) == 0
+
+
 @pytest.mark.parametrize(("rows", "shards"), [(0, 1), (1, 1), (500_000, 1), (500_001, 2), (10_000_000, 20)])
 def test_an_ordinary_shard_is_half_a_unit(rows: int, shards: int) -> None:
     assert shards_for(rows) == shards

@@ -3,6 +3,9 @@
 import os
 import pathlib
 import pickle
+import re
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -281,3 +284,38 @@ def test_a_uri_names_a_store(uri: str, expected: Storage) -> None:
 def test_another_uri_is_refused_by_name(uri: str) -> None:
     with pytest.raises(ValueError, match=uri):
         open_storage(uri)
+
+
+REFUSED = r"may not be used: expected a user who may read and write there; grant it with chown or chmod, or name another --lake"
+READING = ("names('')", "names('raw/ads/')", "entries('raw/')", "read('raw/ads/b')", "open('raw/ads/b')", "read_json('raw/ads/b')")
+READING += ("local('raw/ads/b').__enter__()",)
+WRITING = ("write('raw/ads/x', b'')", "create('raw/ads/x', b'')", "swap('raw/ads/x', None, b'')", "delete('raw/ads/b')")
+
+
+@pytest.mark.parametrize(("mode", "asked"), [(0o000, READING + WRITING), (0o555, WRITING)])
+def test_a_folder_that_is_forbidden_is_told_in_words(folder: Folder, mode: int, asked: tuple[str, ...]) -> None:
+    """By a process without the rights of root, who may read and write everything."""
+    folder.write("raw/ads/b", b"1")
+    forbidden = pathlib.Path(folder.uri, "raw", "ads")
+    for above in list(forbidden.parents)[:5]:
+        above.chmod(above.stat().st_mode | 0o755)
+    forbidden.chmod(mode)
+    code = f"""
+import os
+from schemas.storage import Folder
+if os.getuid() == 0:
+    os.setgid(65534), os.setuid(65534)
+for asked in {asked}:
+    try:
+        eval("Folder({folder.uri!r})." + asked)
+        print(asked)
+    except PermissionError as error:
+        print(asked, error)
+"""
+    try:
+        told = subprocess.run([sys.executable, "-c", code], text=True, stdout=subprocess.PIPE, check=True).stdout.splitlines()
+    finally:
+        forbidden.chmod(0o755)
+    assert len(told) == len(asked)
+    for line in told:
+        assert re.search(rf"{folder.uri}\S* {REFUSED}", line), line
