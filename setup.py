@@ -1,4 +1,4 @@
-"""Packaging: `pip install .` for the whole system, `pip install .[local]` with the emulators, `pip install .[dev]` to work on it."""
+"""Packaging: `pip install .[pipeline,serving]` is the whole system, `.[serving]` what answers requests; `local` has emulators, `dev` tools."""
 
 from setuptools import find_packages, setup
 
@@ -10,28 +10,25 @@ setup(
     python_requires=">=3.11,<3.12",
     packages=find_packages(include=["schemas", "schemas.*", "model", "model.*", "beam_jobs", "beam_jobs.*", "serving", "serving.*"]),
     package_data={"schemas": ["*.pbtxt", "tables/*.json", "audits/*.sql", "views/*.sql"]},
-    install_requires=[
-        "apache-beam[gcp]>=2.77,<2.78",
-        "google-cloud-bigquery>=3.47",
-        "google-cloud-storage>=3.17",
-        "google-crc32c",
-        "httptools",
-        "keras>=3.15",
-        "lmdb",
-        "numpy",
-        "pillow",
-        "pyarrow>=25",
-        "pyyaml",
-        "starlette",
-        "tensorflow>=2.21,<2.22",
-        "tensorflow-metadata>=1.21",
-        "tfx-bsl>=1.21",
-        "uvicorn",
-        "uvloop",
-    ],
+    # What schemas/ and serving/ need, so that `pip install .[serving]` brings nothing of what trains and scores.
+    install_requires=["google-cloud-storage>=3.17", "google-crc32c"],
     extras_require={
+        "serving": ["httptools", "lmdb", "prometheus-client", "starlette", "urllib3>=2", "uvicorn>=0.54,<0.55", "uvloop"],
+        "pipeline": [
+            "apache-beam[gcp]>=2.77,<2.78",
+            "google-cloud-bigquery>=3.47",
+            "keras>=3.15",
+            "lmdb",
+            "numpy",
+            "pillow",
+            "pyarrow>=25",
+            "pyyaml",
+            "tensorflow>=2.21,<2.22",
+            "tensorflow-metadata>=1.21",
+            "tfx-bsl>=1.21",
+        ],
         "local": ["bqemulator", "duckdb-extension-spatial", "duckdb-extensions", "gcp-storage-emulator"],
-        "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "types-PyYAML"],
+        "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "schemathesis", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["adstocrat=beam_jobs.cli:main"]},
 )

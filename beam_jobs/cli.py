@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from beam_jobs.config import Config, ConfigError, load, suggestion
 from schemas.lake import check_month
+from serving.__main__ import add_flags
 
 _EPILOG = """\
 a first month on this machine:
@@ -165,10 +166,7 @@ def _parser() -> tuple[_Parser, Any]:
     cloud.set_defaults(run=_local_cloud)
 
     serve = commands.add_parser("serve", help="answer scores over HTTP from the current lookup")
-    serve.add_argument("--lake", required=True, help="gs://bucket[/prefix] or a folder")
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    serve.add_argument("--port", type=int, default=8080, help="0 takes a free one (default: %(default)s)")
-    serve.add_argument("--cache", type=pathlib.Path, metavar="DIR", help="where verified copies of the lookup are kept")
+    add_flags(serve)
     serve.set_defaults(run=_serve)
     return parser, commands
 
@@ -300,7 +298,7 @@ def _local_cloud(arguments: argparse.Namespace, command: list[str]) -> int:
 def _serve(arguments: argparse.Namespace, _: list[str]) -> None:
     from serving.__main__ import serve
 
-    serve(arguments.lake, arguments.host, arguments.port, arguments.cache)
+    serve(arguments)
 
 
 if __name__ == "__main__":

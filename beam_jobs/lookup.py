@@ -7,9 +7,11 @@ Writes `lookup/<month>/<run>/`.
 
 import datetime
 import functools
+import json
 import pathlib
 import tempfile
 from collections.abc import Iterator
+from zlib import crc32
 
 import apache_beam as beam
 import numpy as np
@@ -19,7 +21,6 @@ import pyarrow.compute as pc
 from beam_jobs.arrow import UNIT_ROWS, CommitStage, Repartition, Unit, read_unit, shards_for
 from beam_jobs.run import MonthRun
 from schemas import lake
-from schemas.hashing import shard_of_column
 from schemas.lake import Manifest, Receipt
 from schemas.parquet import read_parquet, upload
 from schemas.storage import Storage
@@ -27,6 +28,7 @@ from serving import store
 
 # What is the same for every row of a run is said once, in the manifest; the service adds it to each answer.
 SAME_FOR_ALL = ("month", "run_id", "encoder_version", "model_version")
+CHUNK_ROWS = 16_384
 
 
 def define_pipeline(root: beam.Pipeline, run: MonthRun, scores: Manifest) -> None:
@@ -54,41 +56,52 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun, scores: Manifest) -> Non
 
 
 def read_scores(storage: Storage, file: str) -> Iterator[pa.RecordBatch]:
-    """A score file as `key` and `json`, the row's own members of the answer."""
+    """A score file's rows, without what is the same for all."""
     for batch in read_parquet(storage, file):
-        own = batch.select([name for name in batch.schema.names if name not in SAME_FOR_ALL])
-        yield pa.RecordBatch.from_arrays([batch["key"], json_objects(own)], ["key", "json"])
+        yield batch.select([name for name in batch.schema.names if name not in SAME_FOR_ALL])
 
 
 def shard_of_key(batch: pa.RecordBatch, shards: int) -> np.ndarray:
-    """As `serving.store.shard_of`, for a whole column."""
-    return shard_of_column(batch["key"], "lookup", shards)
+    """As `serving.store.shard_of`, for a whole column: shape (rows,), dtype uint32."""
+    return np.fromiter(map(crc32, batch["key"].cast(pa.binary()).to_pylist()), np.uint32, batch.num_rows) % np.uint32(shards)
 
 
 def write_shard(unit: Unit, storage: Storage, folder: str, shards: int) -> Receipt:
     """Sort a shard's rows by key and write them as its LMDB file."""
     table = pa.Table.from_batches(read_unit(storage, unit)).sort_by("key")
-    keys, values = (table[name].cast(pa.binary()) for name in ("key", "json"))
-    items = (
-        (key, value)
-        for chunk in zip(keys.chunks, values.chunks, strict=True)
-        for key, value in zip(*map(pa.Array.to_pylist, chunk), strict=True)
-    )
+    # As JSON a chunk at a time: what a chunk took is there again for the next.
+    chunks = ((lists(batch["key"]), lists(json_objects(batch))) for batch in table.combine_chunks().to_batches(CHUNK_ROWS))
     name = store.shard_name(unit.shard, shards)
     with tempfile.TemporaryDirectory(prefix="adstocrat-") as temporary:
         path = pathlib.Path(temporary) / "shard.lmdb"
-        rows = store.write_shard(path, items, table.nbytes)
+        rows = store.write_shard(path, chunks, 2 * table.nbytes)
         file, checksum = upload(storage, path, lake.unique(folder, name, ".lmdb"))
     return Receipt(name, file, rows, {"entries": rows}, checksum)
 
 
+def lists(column: pa.Array) -> list[bytes]:
+    """A column of strings as their bytes."""
+    return column.cast(pa.binary()).to_pylist()
+
+
 def json_objects(batch: pa.RecordBatch) -> pa.Array:
     """Each row as a JSON object in one string, made by column."""
-    pieces = []
-    for i, name in enumerate(batch.schema.names):
-        head = ("{" if i == 0 else ",") + json_strings(pa.array([name]))[0].as_py() + ":"
-        pieces += [pa.scalar(head), json_values(batch[name])]
-    return pc.binary_join_element_wise(*pieces, pa.scalar("}"), pa.scalar(""))
+    pieces, text = [], "{"
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        quote = '"' if is_plain(column) else ""
+        pieces += [pa.scalar(f"{text}{json.dumps(name, ensure_ascii=False)}:{quote}"), column if quote else json_values(column)]
+        text = quote + ","
+    return pc.binary_join_element_wise(*pieces, pa.scalar(text[:-1] + "}"), pa.scalar(""))
+
+
+def is_plain(column: pa.Array) -> bool:
+    """Whether all values are strings that JSON has as they are: no nulls, no quotes, backslashes or control characters."""
+    if not pa.types.is_string(column.type) or column.null_count or not len(column):
+        return False
+    offsets = np.frombuffer(column.buffers()[1], np.int32, len(column) + 1, column.offset * 4)
+    # Byte by byte, since in UTF-8 those of other characters are none of these.
+    data = np.frombuffer(column.buffers()[2] or b"", np.uint8)[offsets[0] : offsets[-1]]
+    return not ((data < 0x20) | (data == ord('"')) | (data == ord("\\"))).any()
 
 
 def json_values(column: pa.Array) -> pa.Array:

@@ -1,17 +1,15 @@
-"""The REST service as an ASGI application: a score by key, and what is served.
+"""The REST service as an ASGI application: scores by key, one or many, and what is served.
 
 `GET /v1/scores/{key}` is answered from the mapped table by raw ASGI, without a router, a request object or JSON parsing: those cost
-more than the lookup. Starlette serves the routes that are called rarely. All errors are problem details (RFC 9457).
+more than the lookup. Starlette serves the other routes. All errors are problem details (RFC 9457).
 """
 
 import asyncio
-import contextlib
-import datetime
+import http
 import json
-import logging
-import pathlib
 import time
-from collections.abc import AsyncIterator
+from email.utils import format_datetime
+from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from starlette.applications import Starlette
@@ -19,169 +17,210 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from schemas.lake import CURRENT, Current, read_pointer
-from schemas.storage import Storage
-from serving.store import Table, TableRefused, fetch
+from serving.counters import BYTES, ROUTES, Counters
+from serving.openapi import document
+from serving.store import Table
+from serving.tokens import Tokens
 
-logger = logging.getLogger(__name__)
+MAX_KEYS = 10_000
+# Of as many of the longest keys, with every character of two bytes or more escaped as \uXXXX.
+MAX_BODY_BYTES = 16 << 20
+# A batch lets other requests in after so many of its keys.
+SLICE_KEYS = 1_000
 
 _SCORES = b"/v1/scores/"
 _JSON = (b"content-type", b"application/json")
 _PROBLEM = (b"content-type", b"application/problem+json")
-_TITLES = {400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed", 500: "Internal Server Error", 503: "Service Unavailable"}
-_LONGEST_PAUSE = 300.0
+_PATHS = {"/v1/scores:lookup": 1, "/v1/status": 2, "/openapi.json": 3}
 
-Answer = tuple[int, list[tuple[bytes, bytes]], bytes]
-
-
-def create_app(storage: Storage, cache: pathlib.Path, poll_seconds: float = 5.0) -> "Service":
-    """The application, which begins to load the current table when its lifespan starts.
-
-    Args:
-        storage: the lake.
-        cache: a local folder for copies of this lake's tables.
-        poll_seconds: how often to look whether `lookup/CURRENT` moved.
-    """
-    return Service(storage, cache, poll_seconds)
+Headers = list[tuple[bytes, bytes]]
+Answer = tuple[int, Headers, bytes]
 
 
 class Service:
-    """Answers from one table at a time, and changes it between two requests when the pointer moves."""
+    """Answers from one table at a time, which `serve` changes between two requests.
 
-    def __init__(self, storage: Storage, cache: pathlib.Path, poll_seconds: float) -> None:
-        self._storage, self._cache, self._poll_seconds = storage, cache, poll_seconds
-        self._table: Table | None = None
-        self._suffix = b""
-        self._waiting = "The lookup table is being loaded; try again soon."
-        self._closing = asyncio.Event()
-        self._failed: Current | None = None
-        self._pause = self._retry_at = 0.0
-        self._logged = ""
-        routes = [Route("/v1/status", self._status), Route("/healthz", self._healthz), Route("/readyz", self._readyz)]
-        handlers = {HTTPException: _http_problem, Exception: _server_problem}
-        self._rest = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
+    Attributes:
+        waiting: why there is no table yet, a sentence.
+        table, before: what is served, and what was before it.
+    """
+
+    def __init__(self, counters: Counters | None = None, tokens: Tokens | None = None) -> None:
+        """`counters` are this worker's; without `tokens` everybody may ask."""
+        self.counters, self.tokens = counters or Counters(bytearray(BYTES)), tokens
+        self.waiting = "The lookup table is being loaded; try again soon."
+        self.table: Table | None = None
+        self.before: Table | None = None
+        self._suffix = self._etag = b""
+        self._headers: Headers = []
+        self._document = document(MAX_KEYS, MAX_BODY_BYTES, tokens is not None)
+        routes = [
+            Route("/v1/scores:lookup", self._lookup, methods=["POST"]),
+            Route("/v1/status", self._status),
+            Route("/openapi.json", self._openapi),
+        ]
+        self._rest = Starlette(routes=routes, exception_handlers={HTTPException: _http_problem, Exception: _server_problem})
         self._rest.router.redirect_slashes = False
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # The raw path, since in `path` an encoded slash of a key can no longer be told from one that parts the path.
-        if scope["type"] != "http" or not scope["raw_path"].startswith(_SCORES):
-            await self._rest(scope, receive, send)
-            return
-        status, headers, body = self._score(scope["method"], scope["raw_path"][len(_SCORES) :])
-        headers.append((b"content-length", b"%d" % len(body)))
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+    def serve(self, table: Table) -> None:
+        """Answer from `table` from now on; the one before is closed when the last batch that reads it is done."""
+        # On the event loop, as `_score` is, so no GET is between its lookup and its answer.
+        self.before, self.table = self.table, table
+        self._etag = b'"%s"' % table.run.encode()
+        modified = format_datetime(table.created, usegmt=True).encode()
+        # What a cache holds is asked for again each time, at the price of a 304: or a roll-back would not reach everybody.
+        validators = [(b"etag", b"W/" + self._etag), (b"last-modified", modified), (b"cache-control", b"no-cache")]
+        self._headers = [_JSON, *validators]
+        self.tick()
+        if self.before is not None:
+            self.before.close()
 
-    def _score(self, method: str, quoted: bytes) -> Answer:
-        if method not in ("GET", "HEAD"):
-            status, headers, body = _problem(405, f"A score is read with GET, not {method}.")
-            return status, [*headers, (b"allow", b"GET, HEAD")], body
-        key = unquote_to_bytes(quoted) if b"%" in quoted else quoted
-        if not key.isascii():
+    def tick(self) -> None:
+        """What changes by itself: to be called every second or so."""
+        if self.table:
+            self._suffix = b"," + _dumps(_run(self.table))[1:]
+        if self.tokens:
+            self.tokens.poll()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        began = time.perf_counter_ns()
+        # The raw path, since in `path` an encoded slash of a key can no longer be told from one that parts the path.
+        path, known, token = scope["raw_path"], None, b""
+        for name, value in scope["headers"]:
+            if name == b"authorization":
+                token = value
+            elif name == b"if-none-match":
+                known = value
+        if self.tokens is not None and not self.tokens.allows(token):
+            route, answer = self._route(scope), _unauthorized()
+        elif path[: len(_SCORES)] == _SCORES:
+            route, answer = 0, self._score(scope["method"], path[len(_SCORES) :], known)
+        else:
+            await self._count_rest(self._route(scope), began, scope, receive, send)
+            return
+        status, headers, body = answer
+        await send({"type": "http.response.start", "status": status, "headers": [*headers, (b"content-length", b"%d" % len(body))]})
+        await send({"type": "http.response.body", "body": body})
+        self.counters.request(route, status, began)
+
+    def _route(self, scope: Scope) -> int:
+        return 0 if scope["raw_path"].startswith(_SCORES) else _PATHS.get(scope["path"], len(ROUTES) - 1)
+
+    def _score(self, method: str, key: bytes, known: bytes | None) -> Answer:
+        table = self.table
+        if b"%" in key:
+            key = unquote_to_bytes(key)
             try:
                 key.decode()
             except UnicodeDecodeError:
                 return _problem(400, "The key in the path is not UTF-8 once its percent-encoding is undone; encode its UTF-8 bytes.")
-        if not key:
-            return _problem(400, "The path has no key; expected /v1/scores/{key}.")
-        if self._table is None:
+        if table is None:
             return self._unready()
-        row = self._table.get(key)
-        if row is None:
-            return _problem(404, f"Month {self._table.month} has no score under the key {_shown(key)}.")
+        row = table.get(key)
+        if row is None or method != "GET":
+            if method not in ("GET", "HEAD"):
+                return _problem(405, f"A score is read with GET, not {method}.", (b"allow", b"GET, HEAD"))
+            if not key:
+                return _problem(400, "The path has no key; expected /v1/scores/{key}.")
+            if row is None:
+                return _problem(404, f"Month {table.month} has no score under the key {_shown(key)}.")
+        if known is not None and (self._etag in known or known.strip() == b"*"):
+            return 304, self._headers[1:], b""
         # The members that are the same for all rows are not stored with each: they go in before the closing brace.
-        return 200, [_JSON], row[:-1] + self._suffix
+        return 200, self._headers, row[:-1] + self._suffix
 
     def _unready(self) -> Answer:
-        status, headers, body = _problem(503, self._waiting)
-        return status, [*headers, (b"retry-after", b"%d" % max(1, round(self._poll_seconds)))], body
+        return _problem(503, self.waiting, (b"retry-after", b"1"))
 
-    async def _status(self, request: Request) -> Response:
-        table = self._table
+    async def _count_rest(self, route: int, began: int, scope: Scope, receive: Receive, send: Send) -> None:
+        status = 500
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self._rest(scope, receive, watched)
+        finally:
+            self.counters.request(route, status, began)
+
+    async def _lookup(self, request: Request) -> Response:
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BODY_BYTES:
+                # The rest is on its way and would be read for nothing.
+                return _response(
+                    _problem(413, f"A body has at most {MAX_BODY_BYTES:,} bytes; ask for fewer keys.", (b"connection", b"close"))
+                )
+        try:
+            keys = _keys(body)
+        except ValueError as error:
+            return _response(_problem(400, str(error)))
+        table = self.table
         if table is None:
             return _response(self._unready())
-        age = datetime.datetime.now(datetime.UTC) - table.created
-        return JSONResponse({**_same_for_all(table), "rows": table.rows, "age_days": round(age.total_seconds() / 86400, 2)})
+        rows: list[bytes] = []
+        # Other requests are answered, and another run may be swapped in, between two slices; this batch goes on with its own.
+        with table:
+            head = _dumps(_run(table))[:-1] + b',"scores":['
+            for start in range(0, len(keys), SLICE_KEYS):
+                rows += table.get_many(keys[start : start + SLICE_KEYS])
+                await asyncio.sleep(0)
+        self.counters.batch(len(rows), rows.count(b"null"))
+        return Response(b"".join((head, b",".join(rows), b"]}")), media_type="application/json")
 
-    async def _healthz(self, request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
+    async def _status(self, request: Request) -> Response:
+        table = self.table
+        return _response(self._unready()) if table is None else JSONResponse({**_run(table), "rows": table.rows})
 
-    async def _readyz(self, request: Request) -> Response:
-        return JSONResponse({"status": "ready"}) if self._table is not None else _response(self._unready())
-
-    @contextlib.asynccontextmanager
-    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        watching = asyncio.create_task(self._watch())
-        yield
-        self._closing.set()
-        await watching  # Not cancelled: a fetch in its thread would go on, and its table would never be closed.
-        if self._table is not None:
-            self._table.close()
-            self._table = None
-
-    async def _watch(self) -> None:
-        while not self._closing.is_set():
-            await self._look()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._closing.wait(), self._poll_seconds)
-
-    async def _look(self) -> None:
-        """Follow the pointer once. Whatever goes wrong is logged, and what is served stays."""
-        current: Current | None = None
-        try:
-            current, _ = await asyncio.to_thread(read_pointer, self._storage, CURRENT, Current)
-            if current is None:
-                self._log(logging.WARNING, f"Nothing to serve yet: {self._storage.uri} has no {CURRENT}.")
-                self._waiting = "No lookup table is published yet; the first published month will be served without a restart."
-                return
-            if self._table is not None and (self._table.month, self._table.run) == (current.month, current.run):
-                return
-            if current == self._failed and time.monotonic() < self._retry_at:
-                return
-            self._serve(await asyncio.to_thread(fetch, self._storage, current, self._cache, self._closing.is_set))
-        except Exception as error:  # noqa: BLE001  A lake may fail in any way, and the service must outlive all of them.
-            if self._closing.is_set():
-                return
-            refused = isinstance(error, TableRefused)
-            reason = str(error) if refused else f"{type(error).__name__}: {error}"
-            if current is None:
-                tried = f"Cannot read {CURRENT}"
-            else:
-                # A table is large: it is not fetched again at every look, though once more soon, since a copy can fail on its way.
-                again = current == self._failed
-                self._pause = min(2 * self._pause, _LONGEST_PAUSE) if again else self._poll_seconds
-                self._failed, self._retry_at = current, time.monotonic() + self._pause
-                tried = f"{'Refused' if refused else 'Cannot load'} run {current.run} of {current.month}"
-            still = f"still serving run {self._table.run} of {self._table.month}" if self._table else "nothing is served"
-            self._log(logging.ERROR, f"{tried}, {still}: {reason}")
-            self._waiting = "The published lookup table cannot be loaded; the service's log says why."
-
-    def _serve(self, table: Table) -> None:
-        # Runs on the event loop, as `_score` does, so no request is between its lookup and its answer.
-        old, self._table = self._table, table
-        self._suffix = b"," + json.dumps(_same_for_all(table), separators=(",", ":")).encode()[1:]
-        self._failed = None
-        if old is not None:
-            old.close()
-        self._log(logging.INFO, f"Serving run {table.run} of {table.month}: {table.rows:,} rows.")
-
-    def _log(self, level: int, message: str) -> None:
-        # Once, not at every look.
-        if message != self._logged:
-            logger.log(level, message)
-            self._logged = message
+    async def _openapi(self, request: Request) -> Response:
+        return JSONResponse(self._document)
 
 
-def _same_for_all(table: Table) -> dict[str, str]:
+def _keys(body: bytearray) -> list[bytes]:
+    expected = 'expected {"keys": [strings]}'
+    try:
+        values = json.loads(body)
+    except (ValueError, RecursionError) as error:  # Not JSON, not UTF-8, or a very long number; nested very deep.
+        raise ValueError(f"The body is no JSON: {expected}.") from error
+    if not isinstance(values, dict) or list(values) != ["keys"] or not isinstance(values["keys"], list):
+        raise ValueError(f"The body is JSON of another form: {expected}.")
+    keys = values["keys"]
+    if len(keys) > MAX_KEYS:
+        raise ValueError(f"There are {len(keys):,} keys; expected at most {MAX_KEYS:,} in a batch.")
+    try:
+        return [key.encode() for key in keys]
+    except AttributeError as error:
+        raise ValueError(f"A key is no string: {expected}.") from error
+    except UnicodeEncodeError as error:
+        raise ValueError("A key has half of a surrogate pair, which is no character.") from error
+
+
+def _run(table: Table) -> dict[str, Any]:
     """What is said of every row of a run: kept once, and added to each answer."""
-    return {"month": table.month, "run_id": table.run, "encoder_version": table.encoder_version, "model_version": table.model_version}
+    versions = {"encoder_version": table.encoder_version, "model_version": table.model_version}
+    return {"month": table.month, "run_id": table.run, **versions, "age_days": table.age_days}
 
 
-def _problem(status: int, detail: str) -> Answer:
-    problem = {"type": "about:blank", "title": _TITLES.get(status, "Error"), "status": status, "detail": detail}
-    return status, [_PROBLEM], json.dumps(problem, ensure_ascii=False, separators=(",", ":")).encode()
+def _dumps(values: dict[str, Any]) -> bytes:
+    return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def problem_body(status: int, detail: str) -> bytes:
+    """Problem details as JSON."""
+    return _dumps({"type": "about:blank", "title": http.HTTPStatus(status).phrase, "status": status, "detail": detail})
+
+
+def _problem(status: int, detail: str, *headers: tuple[bytes, bytes]) -> Answer:
+    return status, [_PROBLEM, *headers], problem_body(status, detail)
+
+
+def _unauthorized() -> Answer:
+    return _problem(401, "Expected `Authorization: Bearer ID.SECRET` with a token of this service.", (b"www-authenticate", b"Bearer"))
 
 
 def _response(answer: Answer) -> Response:
@@ -192,12 +231,13 @@ def _response(answer: Answer) -> Response:
 def _http_problem(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     detail = error.detail
+    headers = dict(error.headers or {})
     if error.status_code == 404:
-        detail = f"There is no {request.url.path} here; there are /v1/scores/{{key}}, /v1/status, /healthz and /readyz."
+        detail = f"There is no {request.url.path} here; there are /v1/scores/{{key}}, /v1/scores:lookup, /v1/status and /openapi.json."
     elif error.status_code == 405:
-        detail = f"{request.url.path} is read with GET, not {request.method}."
+        detail = f"{request.url.path} does not take {request.method}, but {headers['Allow']}."
     response = _response(_problem(error.status_code, detail))
-    response.headers.update(error.headers or {})
+    response.headers.update(headers)
     return response
 
 

@@ -2,7 +2,8 @@
 
 A run's table lies in the lake under `lookup/<month>/<run>/`. Its manifest has one receipt a shard (unit `shard-00000-of-00004`, the
 shard's file, its rows and its CRC32C) and in `info` month, run, shards, encoder_version, model_version and created (ISO 8601, UTC).
-A key's shard follows from the key's hash; the value under a key is the row as ready JSON, so that a reader parses nothing.
+A key's shard follows from the key's CRC-32, the one hash that costs a reader next to nothing; the value under a key is the row as ready
+JSON, so that a reader parses and builds nothing.
 
 The service reads a copy in a local cache. LMDB maps a file into memory and trusts it: a file that is too short kills the process with
 SIGBUS at some later read. So each shard is checked against its receipt before it is opened, and a run's folder in the cache gets its
@@ -12,19 +13,19 @@ name only when all of its shards are there.
 import contextlib
 import datetime
 import fcntl
-import itertools
+import operator
 import os
 import pathlib
 import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from zlib import crc32
 
 import lmdb
 
-from schemas.hashing import hash64, salted
 from schemas.lake import MANIFEST, Current, Manifest, Receipt, read_manifest, stage_folder
 from schemas.storage import Folder, Storage
 
@@ -32,8 +33,6 @@ STAGE = "lookup"
 MAX_KEY_BYTES = 500  # LMDB's own limit is 511.
 RUNS_KEPT = 2  # The served one, and the one that a rollback goes back to.
 
-_START = salted("lookup")
-_CHUNK_ROWS = 10_000
 _CHUNK_BYTES = 8 << 20
 _FETCHERS = 8
 _SMALLEST_MAP = 16 << 20
@@ -45,7 +44,7 @@ class TableRefused(Exception):
 
 def shard_of(key: bytes, shards: int) -> int:
     """The shard that holds a key, for the writer and the reader alike."""
-    return hash64(key, _START) % shards
+    return crc32(key) % shards
 
 
 def shard_name(shard: int, shards: int) -> str:
@@ -53,39 +52,39 @@ def shard_name(shard: int, shards: int) -> str:
     return f"shard-{shard:05d}-of-{shards:05d}"
 
 
-def write_shard(path: pathlib.Path, items: Iterable[tuple[bytes, bytes]], size_hint: int) -> int:
+def write_shard(path: pathlib.Path, chunks: Iterable[tuple[Sequence[bytes], Sequence[bytes]]], size_hint: int) -> int:
     """Write one shard as a compact LMDB file, which appears under `path` only when it is whole.
 
     Args:
         path: the file to write, on a local disk; twice the shard's size is needed beside it for a while.
-        items: keys and values, in ascending order of the keys' bytes; a value is a JSON object with at least one member.
+        chunks: keys and values, a list of each at a time, in ascending order of the keys' bytes; a value is a JSON object with at least
+            one member and no space around it, for the service adds members before the closing brace without looking at the rest.
         size_hint: bytes of all keys and values, roughly; a wrong guess costs time, not correctness.
 
     Returns:
         Entries written.
 
     Raises:
-        ValueError: a key is empty, too long, repeated or out of order, or a value is no JSON object; names the key.
+        ValueError: a key is empty, too long, repeated or out of order; names the key.
     """
     work = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     compact = work.with_name(work.name + ".compact")
     map_size = max(_SMALLEST_MAP, 2 * size_hint)
-    rows, iterator, previous = 0, iter(items), b""
+    rows, previous = 0, b""
     try:
         with lmdb.open(str(work), subdir=False, map_size=map_size, lock=False, sync=False) as environment:
-            while chunk := list(itertools.islice(iterator, _CHUNK_ROWS)):
-                for key, value in chunk:
-                    _check_item(previous, key, value)
-                    previous = key
+            for keys, values in chunks:
+                _check_keys(previous, keys)
                 while True:
                     try:
                         with environment.begin(write=True) as transaction:
-                            transaction.cursor().putmulti(chunk, append=True)
+                            transaction.cursor().putmulti(zip(keys, values, strict=True), append=True)
                         break
                     except lmdb.MapFullError:  # The transaction was aborted whole, so the chunk can be put again.
                         map_size *= 2
                         environment.set_mapsize(map_size)
-                rows += len(chunk)
+                rows += len(keys)
+                previous = keys[-1]
             # The copy leaves out the pages that each commit freed, and has no map larger than its content.
             environment.copy(str(compact), compact=True)
         with compact.open("rb") as stream:
@@ -97,37 +96,47 @@ def write_shard(path: pathlib.Path, items: Iterable[tuple[bytes, bytes]], size_h
     return rows
 
 
-def _check_item(previous: bytes, key: bytes, value: bytes) -> None:
-    if not 0 < len(key) <= MAX_KEY_BYTES:
-        raise ValueError(f"key {key!r} has {len(key)} bytes; expected 1 to {MAX_KEY_BYTES}")
-    if key == previous:
-        raise ValueError(f"key {key!r} repeats; expected keys that are unique in a month")
-    if key < previous:
-        raise ValueError(f"key {key!r} comes after {previous!r}; expected keys in ascending order of their bytes")
-    # The service adds members before the closing brace without looking at the rest.
-    if not (value.startswith(b'{"') and value.endswith(b"}")):
-        raise ValueError(f"key {key!r} has the value {value[:60]!r}; expected a JSON object with at least one member, unpadded")
+def _check_keys(previous: bytes, keys: Sequence[bytes]) -> None:
+    """`previous` is the last key before these, empty where they are the first."""
+    for key in (min(keys, key=len), max(keys, key=len)):
+        if not 0 < len(key) <= MAX_KEY_BYTES:
+            raise ValueError(f"key {key!r} has {len(key)} bytes; expected 1 to {MAX_KEY_BYTES}")
+    before = [previous, *keys[:-1]]
+    if not all(map(operator.lt, before, keys)):
+        one, other = next((one, other) for one, other in zip(before, keys, strict=True) if one >= other)
+        if one == other:
+            raise ValueError(f"key {one!r} repeats; expected keys that are unique in a month")
+        raise ValueError(f"key {other!r} comes after {one!r}; expected keys in ascending order of their bytes")
 
 
 class Table:
     """The lookup table of one run, opened from a folder of the cache. Not for use by several threads at once.
 
+    `with table:` makes the block a reader, which `close` waits for: a table that is replaced is closed when its last reader is done.
+
     Attributes:
+        folder: where its shards lie.
         month: the scored month.
         run: the run's id.
         rows: keys in the table.
         created: when the table was built, UTC.
         model_version: the ranker that scored it.
         encoder_version: the encoder whose embeddings the ranker used.
+        closed: whether its shards are unmapped.
     """
 
-    def __init__(self, folder: pathlib.Path) -> None:
+    def __init__(self, folder: pathlib.Path, verified: bool = False) -> None:
         """Check each shard against its receipt, then open it; a file that was checked before and has not changed is not read again.
+
+        Args:
+            folder: of the cache.
+            verified: another process has just checked the shards, so they are only opened.
 
         Raises:
             TableRefused: a shard is missing or differs from its receipt.
         """
         manifest = Manifest.from_json((folder / MANIFEST).read_bytes())
+        self.folder = folder
         self.month: str = manifest.info["month"]
         self.run: str = manifest.info["run"]
         self.rows = manifest.rows
@@ -135,25 +144,53 @@ class Table:
         self.model_version: str = manifest.info["model_version"]
         self.encoder_version: str = manifest.info["encoder_version"]
         self._shards = int(manifest.info["shards"])
+        self._readers, self._closing, self.closed = 0, False, False
         self._open = contextlib.ExitStack()
+        receipts = sorted(manifest.receipts, key=lambda receipt: receipt.unit)
+        if not verified:
+            _check_files(folder, receipts)
         with contextlib.ExitStack() as undo:
-            undo.callback(self.close)
+            undo.callback(self._open.close)
             # Files never change, so one read transaction a shard serves all requests.
-            self._transactions = [self._open_shard(folder, receipt, shard) for shard, receipt in enumerate(_in_order(manifest))]
+            self._gets = [self._open_shard(folder, receipt, shard).get for shard, receipt in enumerate(receipts)]
             undo.pop_all()
+
+    @property
+    def age_days(self) -> float:
+        """Days since the table was built."""
+        return round((datetime.datetime.now(datetime.UTC) - self.created).total_seconds() / 86400, 2)
 
     def get(self, key: bytes) -> bytes | None:
         """The row under a key as JSON, or None if the month has no such key."""
         if not 0 < len(key) <= MAX_KEY_BYTES:
             return None
-        return self._transactions[shard_of(key, self._shards)].get(key)  # type: ignore[return-value]  # Bytes, unless buffers are asked for.
+        return self._gets[crc32(key) % self._shards](key)  # type: ignore[return-value]  # Bytes, unless buffers are asked for.
+
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes]:
+        """The row under each key as JSON, `null` where the month has no such key."""
+        gets, shards = self._gets, self._shards
+        try:
+            return [gets[crc32(key) % shards](key, b"null") for key in keys]  # type: ignore[misc]
+        except lmdb.BadValsizeError:  # A key is empty, or longer than any.
+            return [self.get(key) or b"null" for key in keys]
 
     def close(self) -> None:
-        """Unmap the shards; `get` raises from now on. Their files may be gone already."""
-        self._open.close()
+        """Unmap the shards once nobody reads; `get` raises from then on. Their files may be gone already."""
+        self._closing = True
+        if not self._readers:
+            self.closed = True
+            self._open.close()
+
+    def __enter__(self) -> "Table":
+        self._readers += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._readers -= 1
+        if self._closing:
+            self.close()
 
     def _open_shard(self, folder: pathlib.Path, receipt: Receipt, shard: int) -> lmdb.Transaction:
-        _check_file(folder, receipt)
         try:
             # Lookups are random, so reading ahead would only evict pages that are needed.
             environment = lmdb.open(str(folder / receipt.unit), subdir=False, readonly=True, lock=False, readahead=False)
@@ -225,18 +262,16 @@ def _read(storage: Storage, current: Current) -> Manifest:
     return manifest
 
 
-def _in_order(manifest: Manifest) -> list[Receipt]:
-    return sorted(manifest.receipts, key=lambda receipt: receipt.unit)
-
-
-def _check_file(folder: pathlib.Path, receipt: Receipt) -> None:
+def _check_files(folder: pathlib.Path, receipts: Sequence[Receipt]) -> None:
     # The folder remembers the checksum of a file with the size and time it had, which is what marks it as verified for a restart.
-    for entry in Folder(str(folder)).entries(receipt.unit):
+    there = {entry.name: entry for entry in Folder(str(folder)).entries("shard-")}
+    for receipt in receipts:
+        entry = there.get(receipt.unit)
+        if entry is None:
+            raise TableRefused(f"{receipt.unit} is missing in {folder}")
         if entry.crc32c != receipt.crc32c:
             found = f"{entry.size} bytes with CRC32C {entry.crc32c}"
             raise TableRefused(f"{receipt.file} is corrupt: {found}, but its receipt says {receipt.crc32c}")
-        return
-    raise TableRefused(f"{receipt.unit} is missing in {folder}")
 
 
 def _cached(folder: pathlib.Path, manifest: Manifest) -> Table | None:
@@ -264,7 +299,6 @@ def _copied(storage: Storage, manifest: Manifest, folder: pathlib.Path, stop: Ca
                 target.write(chunk)
             target.flush()
             os.fsync(target.fileno())
-        _check_file(incoming, receipt)  # Now, while it is still in the page cache.
 
     try:
         (incoming / MANIFEST).write_bytes(manifest.to_json())
@@ -274,6 +308,7 @@ def _copied(storage: Storage, manifest: Manifest, folder: pathlib.Path, stop: Ca
         if folder.exists():
             shutil.rmtree(folder)
         incoming.rename(folder)
+        table.folder = folder
     except BaseException:
         shutil.rmtree(incoming, ignore_errors=True)
         raise

@@ -29,7 +29,7 @@ def keys(start: int, rows: int) -> list[pa.RecordBatch]:
 
 def lookup_shard(storage: Folder, shard: int, start: int, rows: int) -> Receipt:
     path = pathlib.Path(storage.uri) / "local.lmdb"
-    written = store.write_shard(path, ((f"k{i:04d}".encode(), b'{"key":1}') for i in range(start, start + rows)), 1000)
+    written = store.write_shard(path, [([f"k{i:04d}".encode() for i in range(start, start + rows)], [b'{"key":1}'] * rows)], 1000)
     file, checksum = upload(storage, path, lake.unique("lookup", "shard", ".lmdb"))
     return Receipt(store.shard_name(shard, 2), file, written, {"entries": written}, checksum)
 
