@@ -12,7 +12,7 @@ from schemas.lake import Champion, Current
 from schemas.storage import Storage
 
 # The folders that belong to one run of one month, whole; under `creatives` and `embeddings` the packs are every later month's as well.
-OF_A_RUN = ("rows", "rejects", "evaluation", "scores", "lookup", "runs")
+OF_A_RUN = ("rows", "rejects", "evaluation", "scores", "outcomes", "lookup", "runs")
 _SPILL_SECONDS = 24 * 3600
 
 
@@ -155,7 +155,7 @@ def _kept_models(storage: Storage, kept: set[tuple[str, str]]) -> set[tuple[str,
 
 def _unlisted(storage: Storage) -> Iterator[str]:
     """Files of attempts that failed or were repeated: in a folder whose manifest does not list them."""
-    for top in ("rows", "scores", "lookup", "models"):
+    for top in ("rows", "scores", "outcomes", "lookup", "models"):
         names = storage.names(f"{top}/")
         for manifest in [name for name in names if name.endswith(f"/{lake.MANIFEST}")]:
             folder = manifest.rpartition("/")[0]
