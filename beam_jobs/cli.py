@@ -245,7 +245,7 @@ def _rollback(arguments: argparse.Namespace, _: list[str]) -> None:
     from beam_jobs.publish import rollback
 
     run = rollback(_config(arguments), arguments.month, arguments.to, arguments.keep_model)
-    print(f"{run.month} is run {run.id} again; `adstocrat publish {run.month}` takes that back")
+    print(f"{run.month} is run {run.id} now")
 
 
 def _status(arguments: argparse.Namespace, _: list[str]) -> int:
