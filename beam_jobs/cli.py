@@ -47,7 +47,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status: 0 done, 1 the month cannot go on, 2 wrong usage or settings, 75 not ready yet."""
+    """Run one command; returns its exit status.
+
+    0 done, 1 the month cannot go on, 2 wrong usage or settings, 3 what is published differs, 75 not ready yet.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     arguments, behind = _split(arguments)
     parser, commands = _parser()
@@ -144,6 +147,16 @@ def _parser() -> tuple[_Parser, Any]:
     for stage in _STAGES:
         _add_run_flags(commands.add_parser(stage, help=f"run the stage {stage} of a month alone", epilog=behind), _stage)
 
+    rollback = commands.add_parser("rollback", help="make an earlier run of a month current again")
+    _add_run_flags(rollback, _rollback)
+    rollback.add_argument("--to", metavar="RUN", help="default: the last one published that is not current")
+    rollback.add_argument("--keep-model", action="store_true", help="leave the champion, which the next month builds on")
+    status = commands.add_parser("status", help="what BigQuery, the pointers and servers say is published; 3 where they differ")
+    _add_settings(status, _status)
+    status.add_argument(
+        "--url", nargs="+", default=[], help="servers to ask, such as http://localhost:8080; ADSTOCRAT_TOKEN is sent if set"
+    )
+
     runs = commands.add_parser("runs", help="list the runs of a lake")
     runs.set_defaults(run=_runs)
     show = commands.add_parser("show", help="a run's inputs, verdict and ledger")
@@ -172,8 +185,12 @@ def _parser() -> tuple[_Parser, Any]:
 
 
 def _add_run_flags(parser: argparse.ArgumentParser, run: Any) -> None:
-    """The month, and a flag for each setting."""
     parser.add_argument("month", metavar="YYYY-MM")
+    _add_settings(parser, run)
+
+
+def _add_settings(parser: argparse.ArgumentParser, run: Any) -> None:
+    """A flag for each setting."""
     parser.add_argument("--config", metavar="FILE", help="settings in YAML, one `name: value` a line; flags win")
     for field in dataclasses.fields(Config):
         _add_setting(parser, field.name)
@@ -186,9 +203,16 @@ def _add_setting(parser: argparse.ArgumentParser, name: str) -> None:
     kind = typing.get_type_hints(Config)[name]
     if isinstance(kind, types.UnionType):
         kind = next(option for option in typing.get_args(kind) if option is not type(None))
-    text = field.metadata["help"] + ("" if field.default in (dataclasses.MISSING, None) else f" (default: {field.default})")
+    flag, text = f"--{name.replace('_', '-')}", field.metadata["help"]
+    if field.default is False:
+        parser.add_argument(flag, action="store_const", const=True, help=text)
+        return
+    if field.default == ():
+        parser.add_argument(flag, action="append", metavar="TEXT", help=text)
+        return
+    text += "" if field.default in (dataclasses.MISSING, None) else f" (default: {field.default})"
     read = _true_or_false if kind is bool else kind
-    parser.add_argument(f"--{name.replace('_', '-')}", type=read, metavar=kind.__name__.upper(), help=text)
+    parser.add_argument(flag, type=read, metavar=kind.__name__.upper(), help=text)
 
 
 def _true_or_false(text: str) -> bool:
@@ -197,12 +221,16 @@ def _true_or_false(text: str) -> bool:
     return text == "true"
 
 
+def _config(arguments: argparse.Namespace) -> Config:
+    return load(arguments.config, {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Config)})
+
+
 def _prepared(arguments: argparse.Namespace, flags: list[str]) -> Any:
     from beam_jobs.ready import check_delivery
     from beam_jobs.run import prepare
     from schemas.storage import open_storage
 
-    config = load(arguments.config, {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Config)})
+    config = _config(arguments)
     if flags:
         from beam_jobs.runner import checked_options
 
@@ -221,6 +249,21 @@ def _stage(arguments: argparse.Namespace, flags: list[str]) -> None:
     from beam_jobs.month import STAGES, run_stage
 
     run_stage(next(stage for stage in STAGES if stage.name == arguments.command), _prepared(arguments, flags), flags)
+
+
+def _rollback(arguments: argparse.Namespace, _: list[str]) -> None:
+    from beam_jobs.publish import rollback
+
+    run = rollback(_config(arguments), arguments.month, arguments.to, arguments.keep_model)
+    print(f"{run.month} is run {run.id} now")
+
+
+def _status(arguments: argparse.Namespace, _: list[str]) -> int:
+    from beam_jobs.status import status
+
+    lines, agree = status(_config(arguments), arguments.url)
+    print("\n".join(lines))
+    return 0 if agree else 3
 
 
 def _sample_data(arguments: argparse.Namespace, _: list[str]) -> None:

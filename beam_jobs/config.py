@@ -38,6 +38,9 @@ class Config:
         affects_model=True,
     )
     csv_encoding: str = _setting("encoding of the CSV files, such as latin-1, cp1252 or utf-16", "utf-8", affects_model=True)
+    publish_max_mean_shift: float = _setting("share by which a month's mean probability may differ from last month's", 0.10)
+    publish_gone: tuple[str, ...] = _setting("COLUMN=VALUE: a segment's value that is gone for good; more than one may be given", ())
+    accept_shift: bool = _setting("publish although the mean probability differs by more than that", False)
     fetch_threads: int = _setting("images that a worker fetches and decodes at a time", 16)
     bigquery_location: str = _setting("where BigQuery jobs run", "US")
     max_bytes_billed: int = _setting("bytes that one BigQuery job may bill before it is refused", 1 << 40)
@@ -49,12 +52,19 @@ class Config:
                 raise ConfigError(f"{name} is {value!r}; expected a whole number of at least {least}")
         if not isinstance(self.max_reject_share, int | float) or not 0 <= self.max_reject_share <= 1:
             raise ConfigError(f"max_reject_share is {self.max_reject_share!r}; expected a number from 0 to 1, such as 0.01")
+        if not isinstance(self.publish_max_mean_shift, int | float) or not self.publish_max_mean_shift > 0:
+            raise ConfigError(f"publish_max_mean_shift is {self.publish_max_mean_shift!r}; expected a number above 0, such as 0.1")
+        gone = self.publish_gone
+        if not isinstance(gone, list | tuple) or not all(isinstance(pair, str) and "=" in pair for pair in gone):
+            raise ConfigError(f"publish_gone is {gone!r}; expected a list of COLUMN=VALUE, such as [device=tv]")
+        object.__setattr__(self, "publish_gone", tuple(gone))
         if not isinstance(self.ingest_ready, str) or not re.fullmatch(r"always|marker [^/\s]+|quiet \d+[smhd]", self.ingest_ready):
             raise ConfigError(
                 f"ingest_ready is {self.ingest_ready!r}; expected `always`, `marker NAME`, or `quiet` and a time such as 45s, 30m, 2h or 1d"
             )
-        if not isinstance(self.csv_newlines_in_values, bool):
-            raise ConfigError(f"csv_newlines_in_values is {self.csv_newlines_in_values!r}; expected true or false")
+        for name in ("csv_newlines_in_values", "accept_shift"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected true or false")
         try:
             "".encode(self.csv_encoding)
         except (LookupError, TypeError, ValueError):

@@ -1,20 +1,28 @@
-"""Publish: audited scores into BigQuery, then the champion pointer, then the lookup pointer.
+"""Publish: audited scores into BigQuery, then the champion pointer, then the lookup pointer; and the way back.
 
     adstocrat publish 2026-10 --lake gs://bucket --dataset project.ads
+    adstocrat rollback 2026-10 --lake gs://bucket
 
 Notes it under `publish/<month>/`, and moves `models/CHAMPION` and `lookup/CURRENT`, never to an earlier month.
 """
 
+import dataclasses
 import datetime
 import logging
 
-from beam_jobs import ledger
-from beam_jobs.evaluate import FOLDER as EVALUATION
-from beam_jobs.run import MonthRun
+from beam_jobs import ledger, outcomes
+from beam_jobs.config import Config
+from beam_jobs.run import MonthRun, StageError, kept
+from beam_jobs.warehouse import Warehouse
 from schemas import lake
-from schemas.lake import Champion, Current
+from schemas.lake import Champion, Current, Pointer, Publication
+from schemas.storage import open_storage
 
 log = logging.getLogger("adstocrat")
+
+# Audits of what changes from month to month; what a rollback goes back to was let through before.
+_CHANGES = ("change_mean", "change_segments")
+_STAGES = ("rows", "creatives", "evaluation", "scores", "lookup")
 
 
 def is_published(run: MonthRun) -> bool:
@@ -24,7 +32,11 @@ def is_published(run: MonthRun) -> bool:
     if not noted or noted[-1].run != run.id or not in_dataset or in_dataset[-1].run != run.id:
         return False
     current, _ = lake.read_pointer(run.storage, lake.CURRENT, Current)
-    return current is not None and (current == Current(run.month, run.id) or current.month > run.month)
+    champion, _ = lake.read_pointer(run.storage, lake.CHAMPION, Champion)
+    pointers = [current] if noted[-1].kept_model else [current, champion]
+    return not run.storage.names(lake.differs(run.month)) and all(
+        there is not None and ((there.month, there.run) == (run.month, run.id) or there.month > run.month) for there in pointers
+    )
 
 
 def publish(run: MonthRun) -> None:
@@ -33,21 +45,72 @@ def publish(run: MonthRun) -> None:
     Raises:
         StageError: the ledger does not balance, or an audit refuses the scores.
     """
-    rows = ledger.take(run)["counts"]["ingested"]
-    scores, evaluation = run.manifest(run.stage("scores"), "score"), run.manifest(run.stage(EVALUATION), "evaluate")
-    if run.config.dataset:
-        from beam_jobs.warehouse import Warehouse
+    _make_current(run)
 
-        warehouse = Warehouse(run, run.config.dataset)
-        log.info("  publish: %s has %s rows of %s", warehouse.table, f"{warehouse.replace_month(scores):,}", run.month)
+
+def rollback(config: Config, month: str, to: str | None, keep_model: bool) -> MonthRun:
+    """Make an earlier run the month's again, first for who asks the service; returns the run.
+
+    Args:
+        config: its dataset, unless it names one, is that of the last publication.
+        to: the run; None for the last one published that is not the month's now.
+        keep_model: leave the champion, which the next month builds on.
+
+    Raises:
+        StageError: there is no such run, or it is not kept whole.
+    """
+    storage = open_storage(config.lake)
+    noted = lake.publications(storage, lake.check_month(month))
+    earlier = [note.run for note in noted if note.run != noted[-1].run]
+    if to is None and not earlier:
+        there = f"its only one is {noted[-1].run}, published {noted[-1].published[:16]}" if noted else "none of it was published"
+        raise StageError(f"month {month} has no earlier run to go back to: {there}; `adstocrat runs --lake {storage.uri}` lists all runs")
+    dataset = config.dataset or (noted[-1].dataset if noted else "") or None
+    run = kept(dataclasses.replace(config, dataset=dataset), month, to or earlier[-1])
+    if missing := [stage for stage in _STAGES if lake.read_manifest(storage, run.stage(stage)) is None]:
+        raise StageError(f"run {run.id!r} of {month} is not whole: it has no {', '.join(missing)}; expected one that was published")
+    _make_current(run, back=True, keep_model=keep_model)
+    return run
+
+
+def _make_current(run: MonthRun, back: bool = False, keep_model: bool = False) -> None:
+    """Have the run published, all of its rows counted before; `back` to it, the service is first and changes are not audited."""
+    counts = ledger.take(run)["counts"]
+    evaluation, scores = run.manifest(run.stage("evaluation"), "evaluate"), run.manifest(run.stage("scores"), "score")
+    current = Current(run.month, run.id)
+    if back:
+        _move(run, lake.CURRENT, current)
+    warehouse = Warehouse(run, counts["ingested"]) if run.config.dataset else None
+    if warehouse:
+        row = {
+            "read_rows": counts["read"],
+            "rejected_rows": counts["rejected"],
+            "scored_rows": counts["scored"],
+            "contract": run.contract.fingerprint,
+            "encoder_version": scores.info["encoder"],
+            "model_version": scores.info["ranker"],
+            "promoted": evaluation.info["promoted"],
+            "why": evaluation.info["why"],
+        }
+        files = {"scores": scores.files, "outcomes": outcomes.write(run).files, "quality": evaluation.files}
+        warehouse.replace_month(files, row, _CHANGES if back else _CHANGES[:1] if run.config.accept_shift else ())
+        warehouse.check()
+        log.info("  publish: %s.scores has %s rows of %s", run.config.dataset, f"{counts['ingested']:,}", run.month)
     else:
         log.info("  publish: no --dataset, so the lookup alone is published")
-    # Whether the gate promoted or not: the champion is the pair that the newest published month was scored with.
-    pair = Champion(evaluation.info["encoder"], evaluation.info["ranker"], run.month, run.id)
-    if not lake.move_pointer(run.storage, lake.CHAMPION, pair):
-        log.info("  publish: the champion is of a later month and stays")
-    if not lake.move_pointer(run.storage, lake.CURRENT, Current(run.month, run.id)):
-        log.info("  publish: the lookup is of a later month and stays")
+    if not keep_model:
+        # Whether the gate promoted or not: the champion is the pair that the newest published month was scored with.
+        _move(run, lake.CHAMPION, Champion(scores.info["encoder"], scores.info["ranker"], run.month, run.id))
+    if not back:
+        _move(run, lake.CURRENT, current)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
-    note = lake.Publication(now, run.month, run.id, run.contract.fingerprint, rows, run.config.dataset or "")
-    lake.note_publication(run.storage, note)
+    if warehouse:
+        # Another may have published the month meanwhile, and notes must be in the order of what they tell.
+        warehouse.check()
+    fingerprint, dataset = run.contract.fingerprint, run.config.dataset or ""
+    lake.note_publication(run.storage, Publication(now, run.month, run.id, fingerprint, counts["ingested"], dataset, keep_model))
+
+
+def _move(run: MonthRun, pointer: str, value: Pointer) -> None:
+    if not lake.move_pointer(run.storage, pointer, value):
+        log.info("  publish: %s is of a later month and stays", pointer)

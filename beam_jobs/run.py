@@ -104,7 +104,24 @@ class MonthRun:
 
 
 def prepare(config: Config, month: str) -> MonthRun:
-    """Look at the month and settle its run; the run's `inputs.json` is created now unless it is there already.
+    """Look at the month and settle its run; the run's `inputs.json` is created now unless it is there already. Raises as `derive`."""
+    run, inputs, images = derive(config, month)
+    if run.storage.read_json(f"{run.folder}/inputs.json") is None:
+        columns = [
+            pa.array(column, type)
+            for column, type in zip(zip(*images, strict=True) if images else ((), (), ()), LISTING.types, strict=True)
+        ]
+        listing = pa.RecordBatch.from_arrays(columns, schema=LISTING)
+        written = write_parquet(run.storage, run.folder, "images", [listing])
+        run.storage.create(f"{run.folder}/contract.pbtxt", contracts.dumps(run.contract).encode())
+        created = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
+        inputs = {**inputs, "listing": written.file, "created": created}
+        run.storage.create(f"{run.folder}/inputs.json", json.dumps(inputs, indent=1).encode())
+    return run
+
+
+def derive(config: Config, month: str) -> tuple[MonthRun, dict[str, Any], list[tuple[str, int, str]]]:
+    """The run that the month's inputs make now, those inputs, and its images as `LISTING`; nothing is written.
 
     Raises:
         StageError: the month has no ads.
@@ -139,16 +156,21 @@ def prepare(config: Config, month: str) -> MonthRun:
     }
     known = champion.encoder if champion and _is_trained(storage, champion.encoder) else None
     run = MonthRun(storage, contract, config, month, _digest([month, inputs]), earlier, champion, known, ads)
-    if storage.read_json(f"{run.folder}/inputs.json") is None:
-        columns = [
-            pa.array(column, type)
-            for column, type in zip(zip(*images, strict=True) if images else ((), (), ()), LISTING.types, strict=True)
-        ]
-        listing = pa.RecordBatch.from_arrays(columns, schema=LISTING)
-        written = write_parquet(storage, run.folder, "images", [listing])
-        created = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
-        storage.create(f"{run.folder}/inputs.json", json.dumps({**inputs, "listing": written.file, "created": created}, indent=1).encode())
-    return run
+    return run, inputs, images
+
+
+def kept(config: Config, month: str, id: str) -> MonthRun:
+    """A run that was prepared before, as what its stages left is used again; not to go on with them.
+
+    Raises:
+        StageError: it never was, or it was removed.
+    """
+    storage = open_storage(config.lake)
+    try:
+        contract = contracts.parse(storage.read(f"{lake.run_folder(month, id)}/contract.pbtxt").decode())
+    except FileNotFoundError:
+        raise StageError(f"run {id!r} of {month} is not in {storage.uri}; `adstocrat runs` lists those that are") from None
+    return MonthRun(storage, contract, config, month, id, (), None, None, ())
 
 
 def listing_file(run: MonthRun) -> str:

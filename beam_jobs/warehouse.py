@@ -1,128 +1,165 @@
-"""BigQuery: a run's scores go into a staging table, are audited there, and replace the month in one transaction."""
+"""BigQuery: what a run publishes goes into staging tables, is audited there, and replaces the month in one transaction."""
 
 import datetime
-import os
-import pathlib
-import uuid
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from beam_jobs.jobs import Jobs
 from beam_jobs.run import MonthRun, StageError
-from schemas import tables
-from schemas.lake import Manifest
+from schemas import lake, tables
 
-_AUDITS = pathlib.Path(tables.__file__).with_name("audits")
+log = logging.getLogger("adstocrat")
+
 _STAGING_HOURS = 24
 _SHOWN = 3
 # BigQuery's API calls these by their old names.
-_ALIASES = {"INTEGER": "INT64", "FLOAT": "FLOAT64"}
-
-
-def connect(project: str, location: str) -> Any:
-    """A BigQuery client; it needs no credentials where an emulator is named in the environment."""
-    from google.auth.credentials import AnonymousCredentials
-    from google.cloud import bigquery
-
-    credentials = AnonymousCredentials() if os.environ.get("BIGQUERY_EMULATOR_HOST") else None
-    return bigquery.Client(project, credentials, location=location)
+_ALIASES = {"INTEGER": "INT64", "FLOAT": "FLOAT64", "BOOLEAN": "BOOL"}
 
 
 class Warehouse:
     """One dataset, as a run publishes to it.
 
     Args:
-        run: what is published.
-        dataset: PROJECT.DATASET.
+        run: what is published; its config names the dataset.
+        rows: how many it scored.
     """
 
-    def __init__(self, run: MonthRun, dataset: str):
-        from google.cloud import bigquery
+    def __init__(self, run: MonthRun, rows: int):
+        self._run, self._rows, self._dataset = run, rows, str(run.config.dataset)
+        self._jobs = Jobs(run.config, run.id)
+        self._bigquery, self._client = self._jobs.bigquery, self._jobs.client
+        self._month = f"month = DATE '{run.month}-01'"
 
-        self._run, self._dataset, self._bigquery = run, dataset, bigquery
-        self._client = connect(dataset.partition(".")[0], run.config.bigquery_location)
-        self.table = f"{dataset}.scores"
-        self.staging = f"{dataset}.scores_staging_{run.id}"
+    def replace_month(self, files: Mapping[str, Sequence[str]], row: Mapping[str, str | int | bool], unaudited: Sequence[str]) -> None:
+        """Make the run the month's, unless it is: stage, audit and publish.
 
-    def replace_month(self, scores: Manifest) -> int:
-        """Stage, audit and publish the scores; returns the rows that the table then has of the month.
+        Args:
+            files: Parquet files in the lake, by table.
+            row: what `runs` is to say of it.
+            unaudited: audits to leave out.
 
         Raises:
-            StageError: an audit found offending rows, or the table ends with another count.
+            StageError: an audit found offending rows, or the tables cannot hold them.
         """
-        self._create_tables()
-        self._load([self._run.storage.url(file) for file in scores.files])
-        self._audit(scores.rows)
-        self._publish()
-        found = self._query(f"SELECT COUNT(*) AS n FROM `{self.table}` WHERE month = DATE '{self._run.month}-01'")
-        if found[0]["n"] != scores.rows:
-            raise StageError(
-                f"{self.table} holds {found[0]['n']:,} rows of {self._run.month}, expected {scores.rows:,}; run `adstocrat publish` again"
-            )
-        self._client.delete_table(self.staging, not_found_ok=True)
-        return found[0]["n"]
+        for name in tables.TABLES:
+            self._ensure_table(name)
+        for name, view in tables.statements("views", self._values()).items():
+            self._ensure_view(name, view)
+        done, acts = self._found()
+        if done:
+            return
+        staging = {name: self._stage(name, listed) for name, listed in files.items() if listed}
+        self._audit(staging["scores"], unaudited)
+        self._jobs.query(self._transaction(staging, row), "publish", acts)
+        for table in staging.values():
+            self._client.delete_table(table, not_found_ok=True)
 
-    def _create_tables(self) -> None:
-        dataset = self._bigquery.Dataset(self._dataset)
-        dataset.location = self._run.config.bigquery_location
-        self._client.create_dataset(dataset, exists_ok=True)
-        fields = self._fields()
-        table = self._bigquery.Table(self.table, schema=fields)
-        table.description = "One row for each ad of each month's inventory, with the probability that an impression of it is clicked."
+    def check(self) -> None:
+        """Count what is published.
+
+        Raises:
+            StageError: the month is not this run's rows, all of them and no others.
+        """
+        if not self._found()[0]:
+            raise StageError(
+                f"{self._dataset}.scores does not hold {self._rows:,} rows of {self._run.month}, all of run {self._run.id}; "
+                "something else has changed it, run `adstocrat publish` again"
+            )
+
+    def _found(self) -> tuple[bool, int]:
+        """Whether the month is the run's, and how often a run was made the month's: the number of the act that would be next."""
+        found = self._jobs.query(
+            f"SELECT COUNT(*) AS found, COUNTIF(run_id = '{self._run.id}') AS ours, "
+            f"(SELECT COUNT(*) FROM `{self._dataset}.runs` WHERE {self._month}) AS acts FROM `{self._dataset}.scores` WHERE {self._month}",
+            "count",
+        )[0]
+        return found["found"] == found["ours"] == self._rows and found["acts"] > 0, found["acts"]
+
+    def _values(self) -> dict[str, Any]:
+        contract = self._run.contract
+        return {"dataset": self._dataset, "segments": tables.segments(contract), "columns": tables.names("scores", contract)}
+
+    def _ensure_table(self, name: str) -> None:
+        about, fields = tables.TABLES[name], self._fields(name)
+        table = self._bigquery.Table(f"{self._dataset}.{name}", schema=fields)
+        table.description, table.clustering_fields = about.description, about.clustering
         table.time_partitioning = self._bigquery.TimePartitioning(type_=self._bigquery.TimePartitioningType.MONTH, field="month")
-        table.clustering_fields = ["key"]
-        there = self._client.create_table(table, exists_ok=True)
+        there = self._ensured(table)
         missing = [field for field in fields if field.name not in {known.name for known in there.schema}]
         if missing:
-            there.schema = [*there.schema, *missing]
-            self._client.update_table(there, ["schema"])
+            table.schema = [*there.schema, *missing]
+            self._client.update_table(table, ["schema"])
             # BigQuery has the columns now; the emulator takes them by DDL alone.
             added = ", ".join(f"ADD COLUMN IF NOT EXISTS `{field.name}` {field.field_type}" for field in missing)
-            self._query(f"ALTER TABLE `{self.table}` {added}", "schema")
+            self._jobs.query(f"ALTER TABLE `{self._dataset}.{name}` {added}", "schema")
         known = {field.name: _ALIASES.get(field.field_type, field.field_type) for field in there.schema}
         for field in fields:
-            if known[field.name] != field.field_type:
+            if known.get(field.name, field.field_type) != field.field_type:
                 raise StageError(
-                    f"{self.table} has the column {field.name!r} as {known[field.name]}, the contract as {field.field_type}; "
+                    f"{self._dataset}.{name} has the column {field.name!r} as {known[field.name]}, the contract as {field.field_type}; "
                     "rename it in the export, or publish to another dataset"
                 )
-        staging = self._bigquery.Table(self.staging, schema=fields)
-        staging.expires = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=_STAGING_HOURS)
-        self._client.create_table(staging, exists_ok=True)
 
-    def _fields(self) -> list[Any]:
-        return [self._bigquery.SchemaField.from_api_repr(field) for field in tables.score_fields(self._run.contract)]
+    def _ensured(self, table: Any) -> Any:
+        """The table as it is in BigQuery, made where there is none, and the dataset where that is missing."""
+        from google.api_core.exceptions import NotFound
 
-    def _load(self, uris: list[str]) -> None:
-        config = self._bigquery.LoadJobConfig(
-            source_format="PARQUET", write_disposition="WRITE_TRUNCATE", schema=self._fields(), labels=self._labels("load")
-        )
-        self._client.load_table_from_uri(uris, self.staging, job_id=self._job_id("load"), job_config=config).result()
+        try:
+            return self._client.get_table(table)
+        except NotFound:
+            dataset = self._bigquery.Dataset(self._dataset)
+            dataset.location = self._run.config.bigquery_location
+            self._client.create_dataset(dataset, exists_ok=True)
+            return self._client.create_table(table, exists_ok=True)
 
-    def _audit(self, rows: int) -> None:
-        for path in sorted(_AUDITS.glob("*.sql")):
-            text = path.read_text().format(staging=self.staging, rows=rows, month=self._run.month, run=self._run.id)
-            offending = self._query(f"{text.rstrip()} LIMIT {_SHOWN}")
-            if offending:
-                raise StageError(f"audit {path.stem} refused the scores of {self._run.month}, nothing is published; found {offending}")
+    def _ensure_view(self, name: str, view: tables.Statement) -> None:
+        from google.api_core.exceptions import NotFound
 
-    def _publish(self) -> None:
-        names = ", ".join(f"`{field['name']}`" for field in tables.score_fields(self._run.contract))
-        # One job whose text is one transaction: a reader sees the old month or the new one.
-        self._query(
-            "BEGIN TRANSACTION;\n"
-            f"DELETE FROM `{self.table}` WHERE month = DATE '{self._run.month}-01';\n"
-            f"INSERT INTO `{self.table}` ({names}) SELECT {names} FROM `{self.staging}`;\n"
-            "COMMIT TRANSACTION;",
-            "publish",
-        )
+        table = self._bigquery.Table(f"{self._dataset}.{name}")
+        table.view_query, table.description = view.text, view.description
+        try:
+            self._client.update_table(table, ["view_query", "description"])
+        except NotFound:
+            self._client.create_table(table, exists_ok=True)
 
-    def _query(self, text: str, stage: str = "audit") -> list[dict[str, Any]]:
-        config = self._bigquery.QueryJobConfig(labels=self._labels(stage), maximum_bytes_billed=self._run.config.max_bytes_billed)
-        job = self._client.query(text, job_id=self._job_id(stage), job_retry=None, job_config=config)
-        return [dict(row) for row in job.result()]
+    def _fields(self, table: str) -> list[Any]:
+        return [self._bigquery.SchemaField.from_api_repr(field) for field in tables.fields(table, self._run.contract)]
 
-    def _job_id(self, stage: str) -> str:
-        # A used job id is refused even when its job failed, so each attempt has its own.
-        return f"adstocrat-{self._run.id}-{stage}-{uuid.uuid4().hex[:8]}"
+    def _stage(self, name: str, files: Sequence[str]) -> Any:
+        """A table of that name's columns, which ends by itself, with the rows of the files."""
+        # Nothing is required of what is staged but by the audits.
+        fields = [self._bigquery.SchemaField(field.name, field.field_type) for field in self._fields(name)]
+        table = self._bigquery.Table(f"{self._dataset}.{name}_staging_{self._run.id}", schema=fields)
+        table.expires = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=_STAGING_HOURS)
+        staging = self._ensured(table)
+        self._jobs.load([self._run.storage.url(file) for file in files], staging)
+        return staging
 
-    def _labels(self, stage: str) -> dict[str, str]:
-        return {"adstocrat_stage": stage, "adstocrat_run": self._run.id}
+    def _audit(self, staging: Any, unaudited: Sequence[str]) -> None:
+        config, month = self._run.config, self._run.month
+        gone = [(column, value) for column, _, value in (pair.partition("=") for pair in config.publish_gone)]
+        values = {
+            **self._values(),
+            **{"staging": staging, "scores": f"{self._dataset}.scores", "rows": self._rows, "month": month, "run": self._run.id},
+            **{"last": lake.month_after(month, -1), "max_mean_shift": config.publish_max_mean_shift, "gone": tables.listed(gone)},
+        }
+        for name, audit in tables.statements("audits", values).items():
+            if name not in unaudited and (offending := self._jobs.query(f"{audit.text} LIMIT {_SHOWN}", "audit")):
+                raise StageError(
+                    f"audit {name} refused the scores of {month}, nothing is published; expected: {audit.description}; found {offending}"
+                )
+
+    def _transaction(self, staging: Mapping[str, Any], row: Mapping[str, str | int | bool]) -> str:
+        """One text: a reader sees the month as it was before, or as it is after."""
+        statements = []
+        for name, about in tables.TABLES.items():
+            table, columns = f"`{self._dataset}.{name}`", tables.names(name, self._run.contract)
+            if about.replaced is not None:
+                statements.append(f"DELETE FROM {table} WHERE {self._month}{about.replaced}")
+            if name in staging:
+                statements.append(f"INSERT INTO {table} ({columns}) SELECT {columns} FROM `{staging[name]}`")
+        told = {name: tables.literal(value) for name, value in row.items()}
+        told |= {"month": f"DATE '{self._run.month}-01'", "run_id": tables.literal(self._run.id), "published": "CURRENT_TIMESTAMP()"}
+        statements.append(f"INSERT INTO `{self._dataset}.runs` ({', '.join(told)}) VALUES ({', '.join(told.values())})")
+        return "\n".join(f"{statement};" for statement in ("BEGIN TRANSACTION", *statements, "COMMIT TRANSACTION"))

@@ -203,6 +203,7 @@ class Publication:
         contract: fingerprint of the rows' contract.
         rows: how many.
         dataset: where in BigQuery, PROJECT.DATASET; empty where the lookup alone was published.
+        kept_model: whether the champion was left as it was.
     """
 
     published: str
@@ -211,6 +212,7 @@ class Publication:
     contract: str
     rows: int
     dataset: str
+    kept_model: bool = False
 
 
 def publications(storage: Storage, month: str) -> list[Publication]:
@@ -222,6 +224,12 @@ def note_publication(storage: Storage, publication: Publication) -> None:
     """Write down that a run was published; nothing is ever taken back, a later note outdoes an earlier one."""
     name = unique(f"publish/{publication.month}", f"{publication.published}-{publication.run}", ".json")
     storage.write(name, json.dumps(dataclasses.asdict(publication), indent=1).encode())
+    storage.delete(differs(publication.month))
+
+
+def differs(month: str) -> str:
+    """The name of the mark that the month's tables were seen to be others than the last publication says."""
+    return f"publish/{month}/DIFFERS"
 
 
 Pointer = TypeVar("Pointer", Champion, Current)

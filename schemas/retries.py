@@ -68,10 +68,11 @@ def again(request: Callable[[], Answer]) -> Callable[[], Answer]:
     """The request, tried again after pauses that grow and are drawn at random, as long as a server or a network may do better next time."""
     from google.api_core.retry import retry_target
 
-    return lambda: retry_target(request, _passing(), _pauses(), timeout=RETRY_SECONDS, on_error=_count)
+    return lambda: retry_target(request, _passing(), pauses(), timeout=RETRY_SECONDS, on_error=_count)
 
 
-def _pauses() -> Iterator[float]:
+def pauses() -> Iterator[float]:
+    """Seconds to wait before each next try."""
     # Never from the generator that all of the process draws from: what a training that is under way drew next would depend on the network.
     chance, longest = random.SystemRandom(), FIRST_PAUSE
     while True:

@@ -85,8 +85,8 @@ class Proxy(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 256
 
-    def __init__(self, target: str):
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, target: str, handler: "type[Handler] | None" = None):
+        super().__init__(("127.0.0.1", 0), handler or Handler)
         self.target = urlsplit(target).netloc
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.seen: list[Seen] = []
@@ -120,9 +120,9 @@ class Proxy(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def running(target: str) -> Iterator[Proxy]:
+def running(target: str, kind: type[Proxy] = Proxy) -> Iterator[Any]:
     """A proxy that serves until the end of the block."""
-    proxy = Proxy(target)
+    proxy = kind(target)
     thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:
@@ -133,7 +133,7 @@ def running(target: str) -> Iterator[Proxy]:
         thread.join()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     """One connection of a client, with one of its own to the server."""
 
     protocol_version = "HTTP/1.1"
@@ -165,8 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault.isdigit():
             self._note(body, fault)
-            content = json.dumps({"error": {"code": int(fault), "message": f"a {fault} by plan"}}).encode()
-            self._send(int(fault), {"Content-Type": "application/json"}, content, len(content))
+            self._answer(int(fault), {"error": {"code": int(fault), "message": f"a {fault} by plan"}})
             return
         self._upstream.request(self.command, self.path, body, dict(self.headers))
         answer = self._upstream.getresponse()
@@ -186,6 +185,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(answer.status, headers, content, len(content))
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _pass_on
+
+    def _answer(self, status: int, value: Any) -> None:
+        content = json.dumps(value).encode()
+        self._send(status, {"Content-Type": "application/json"}, content, len(content))
 
     def _send(self, status: int, headers: Mapping[str, str], content: bytes, length: int) -> None:
         self.send_response_only(status)

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from beam_jobs.warehouse import connect
+from beam_jobs.jobs import connect
 from model import registry
 from model.features import Features
 from model.images import thumbnail

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from beam_jobs.cli import main
-from beam_jobs.warehouse import connect
+from beam_jobs.jobs import connect
 from schemas import contract as contracts
 from schemas import lake
 from schemas.contract import Column, Contract

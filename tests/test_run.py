@@ -148,7 +148,7 @@ def test_the_images_are_listed(tmp_path: pathlib.Path, images: dict[str, bytes])
 def test_a_resumed_run_keeps_what_the_first_laid_down(storage: Folder) -> None:
     first = run_of(storage)
     before = {name: storage.read(name) for name in storage.names(first.folder)}
-    assert len(before) == 2
+    assert len(before) == 3
     again = run_of(storage)
     assert again == first and {name: storage.read(name) for name in storage.names(first.folder)} == before
     inputs = json.loads(before[f"{first.folder}/inputs.json"])

@@ -24,20 +24,20 @@ MIXED = Contract(
 
 
 def test_the_contract_s_key_and_segments_stand_behind_the_key() -> None:
-    names = [field["name"] for field in tables.score_fields(MIXED)]
+    names = [field["name"] for field in tables.fields("scores", MIXED)]
     assert names[:5] == ["month", "key", "market", "id", "weight"]
     assert names[5:] == [field["name"] for field in FIXED[2:]]
 
 
 def test_carried_columns_have_their_own_types_and_may_be_null() -> None:
-    carried = {field["name"]: (field["type"], field["mode"]) for field in tables.score_fields(MIXED)[2:5]}
+    carried = {field["name"]: (field["type"], field["mode"]) for field in tables.fields("scores", MIXED)[2:5]}
     assert carried == {"market": ("INT64", "NULLABLE"), "id": ("STRING", "NULLABLE"), "weight": ("FLOAT64", "NULLABLE")}
 
 
 @pytest.mark.parametrize("contract", [MIXED, contracts.load(contracts.DEFAULT), Contract((KEY,))])
 def test_arrow_and_bigquery_agree(contract: Contract) -> None:
     types = {"DATE": pa.date32(), "STRING": pa.string(), "INT64": pa.int64(), "FLOAT64": pa.float64()}
-    fields, schema = tables.score_fields(contract), tables.scores(contract)
+    fields, schema = tables.fields("scores", contract), tables.scores(contract)
     assert schema.names == [field["name"] for field in fields]
     assert schema.types == [types[field["type"]] for field in fields]
     assert [not field.nullable for field in schema] == [field["mode"] == "REQUIRED" for field in fields]
@@ -45,7 +45,7 @@ def test_arrow_and_bigquery_agree(contract: Contract) -> None:
 
 
 def test_every_column_is_described() -> None:
-    assert all(field["description"].endswith(".") for field in tables.score_fields(MIXED))
+    assert all(field["description"].endswith(".") for field in tables.fields("scores", MIXED))
 
 
 @pytest.mark.parametrize("name", [field["name"] for field in FIXED])
