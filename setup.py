@@ -1,4 +1,4 @@
-"""Packaging: `pip install .[pipeline,serving]` is the whole system, `.[serving]` what answers requests; `local` are emulators, `dev` tools."""
+"""Packaging: `.[pipeline,serving]` is the whole system, `.[serving]` what answers requests; `local` has emulators, `dev` tools."""
 
 from setuptools import find_packages, setup
 

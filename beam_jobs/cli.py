@@ -72,8 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     except RuntimeError as error:
         from beam_jobs.ready import NotReadyError
-        from beam_jobs.run import StageError
+        from beam_jobs.run import HandedOverError, StageError
 
+        if isinstance(error, HandedOverError):
+            print(error)
+            return 0
         if parsed.run is _local_cloud:
             return _fail(error, 1)
         if isinstance(error, NotReadyError):

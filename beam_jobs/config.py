@@ -42,11 +42,23 @@ class Config:
     publish_gone: tuple[str, ...] = _setting("COLUMN=VALUE: a segment's value that is gone for good; more than one may be given", ())
     accept_shift: bool = _setting("publish although the mean probability differs by more than that", False)
     fetch_threads: int = _setting("images that a worker fetches and decodes at a time", 16)
+    # The cheapest GPU that Dataflow has in most regions, and more than enough: thumbnails are 12 KB, and embedding one takes microseconds.
+    gpu_type: str = _setting("GPU of the Dataflow workers that embed and train; '' for none", "nvidia-l4")
+    gpu_count: int = _setting("GPUs of each of them", 1)
+    # An L4 comes with this series alone; 4 vCPUs read and unpack thumbnails as fast as it embeds them.
+    gpu_machine_type: str = _setting("machine type of each of them; '' where Dataflow may choose", "g2-standard-4")
+    prices_vcpu_hour: float = _setting("price of a Dataflow worker's vCPU for an hour", 0.056)
+    prices_gb_hour: float = _setting("price of 1 GB of its memory for an hour", 0.003557)
+    prices_disk_gb_hour: float = _setting("price of 1 GB of its disk for an hour", 0.000054)
+    prices_gpu_hour: float = _setting("price of a GPU for an hour", 0.672)
+    prices_shuffle_gb: float = _setting("price of 1 GB through Dataflow Shuffle", 0.011)
+    prices_million_reads: float = _setting("price of a million reads of the bucket", 0.4)
+    prices_million_writes: float = _setting("price of a million writes or listings", 5.0)
     bigquery_location: str = _setting("where BigQuery jobs run", "US")
     max_bytes_billed: int = _setting("bytes that one BigQuery job may bill before it is refused", 1 << 40)
 
     def __post_init__(self) -> None:
-        for name, least in (("window_months", 1), ("seed", 0), ("fetch_threads", 1), ("max_bytes_billed", 1)):
+        for name, least in (("window_months", 1), ("seed", 0), ("fetch_threads", 1), ("gpu_count", 1), ("max_bytes_billed", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name} is {value!r}; expected a whole number of at least {least}")
@@ -58,6 +70,9 @@ class Config:
         if not isinstance(gone, list | tuple) or not all(isinstance(pair, str) and "=" in pair for pair in gone):
             raise ConfigError(f"publish_gone is {gone!r}; expected a list of COLUMN=VALUE, such as [device=tv]")
         object.__setattr__(self, "publish_gone", tuple(gone))
+        for name in (field.name for field in dataclasses.fields(self) if field.name.startswith("prices_")):
+            if not isinstance(getattr(self, name), int | float) or not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected a price, a number of at least 0")
         if not isinstance(self.ingest_ready, str) or not re.fullmatch(r"always|marker [^/\s]+|quiet \d+[smhd]", self.ingest_ready):
             raise ConfigError(
                 f"ingest_ready is {self.ingest_ready!r}; expected `always`, `marker NAME`, or `quiet` and a time such as 45s, 30m, 2h or 1d"
@@ -71,9 +86,9 @@ class Config:
             raise ConfigError(f"csv_encoding is {self.csv_encoding!r}; expected an encoding that Python knows, such as latin-1") from None
         if not self.lake or not isinstance(self.lake, str):
             raise ConfigError(f"lake is {self.lake!r}; expected gs://bucket[/prefix] or a folder, as --lake or in the config file")
-        for name in ("dataset", "contract", "bigquery_location"):
+        for name in ("dataset", "contract", "bigquery_location", "gpu_type", "gpu_machine_type"):
             value = getattr(self, name)
-            if not isinstance(value, str) and (value is not None or name == "bigquery_location"):
+            if not isinstance(value, str) and (value is not None or name not in ("dataset", "contract")):
                 raise ConfigError(f"{name} is {value!r}; expected text")
         if self.dataset is not None and self.dataset.count(".") != 1:
             raise ConfigError(f"dataset is {self.dataset!r}; expected PROJECT.DATASET, such as my-project.ads")

@@ -33,6 +33,7 @@ from beam_jobs.arrow import (
 from beam_jobs.ingest import shard_of_image
 from beam_jobs.join import INDEX
 from beam_jobs.run import LISTING, MonthRun, listing_file
+from beam_jobs.workers import Listed
 from model import images
 from schemas import lake
 from schemas.hashing import shard_of_column
@@ -51,11 +52,10 @@ PACK = pa.schema([*FILES, ("thumbnail", pa.binary(images.THUMBNAIL_BYTES))])
 def define_pack_pipeline(root: beam.Pipeline, run: MonthRun) -> None:
     """Listing and known images → packs of the new ones, with thumbnails; units hold equal contents together."""
     folder = run.stage("creatives")
-    listing = listing_file(run)
     units = shards_for(run.storage.read_json(f"{run.folder}/inputs.json")["images"]["count"], IMAGES_PER_UNIT)
     assign = functools.partial(shard_of_content, shards=units)
     _ = (
-        _paired(root, run, [listing], pack_files(run.storage), units, assign)
+        _paired(root, run, units, assign)
         | "FetchAndDecode" >> beam.Map(write_pack, run, units).with_output_types(Receipt)
         | "CommitPacks" >> CommitStage(run.storage, f"{folder}/packs", "packs")
     )
@@ -66,7 +66,7 @@ def define_index_pipeline(root: beam.Pipeline, run: MonthRun, shards: int) -> No
     folder = run.stage("creatives")
     assign = functools.partial(_shard_of_name, shards=shards)
     _ = (
-        _paired(root, run, [listing_file(run)], pack_files(run.storage), shards, assign)
+        _paired(root, run, shards, assign)
         | "WriteIndex" >> beam.Map(write_index, run.storage, folder).with_output_types(Receipt)
         | "CommitIndex" >> CommitStage(run.storage, folder, "creatives", {"shards": shards})
     )
@@ -77,12 +77,17 @@ def pack_files(storage: Storage) -> list[str]:
     return [receipt.file for receipt in lake.pack_receipts(storage, "creatives/") if receipt.file]
 
 
-def _paired(root: beam.Pipeline, run: MonthRun, listing: list[str], known: list[str], shards: int, assign: Any) -> beam.PCollection:
+def _listing_files(run: MonthRun) -> list[str]:
+    return [listing_file(run)]
+
+
+def _paired(root: beam.Pipeline, run: MonthRun, shards: int, assign: Any) -> beam.PCollection:
     sides = []
-    for label, files, columns in (("Listing", listing, LISTING.names), ("Known", known, FILES.names)):
+    known = functools.partial(pack_files, run.storage)
+    for label, files, columns in (("Listing", functools.partial(_listing_files, run), LISTING.names), ("Known", known, FILES.names)):
         sides.append(
             root
-            | f"{label}Files" >> beam.Create(files, reshuffle=False)
+            | f"{label}Files" >> Listed(run, files, str)
             | f"Spread{label}" >> beam.Reshuffle()
             | f"Read{label}"
             >> beam.FlatMap(functools.partial(read_columns, run.storage, columns=columns)).with_output_types(pa.RecordBatch)

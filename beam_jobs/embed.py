@@ -6,8 +6,9 @@ Writes `embeddings/<encoder>/<month>/<run>/packs/` (packs of thumbnails that thi
 that lacks them, `embeddings/<encoder>/<month>/<run>/` (creative and embedding, in the shards of the month's rows).
 """
 
+import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import apache_beam as beam
 import numpy as np
@@ -28,6 +29,7 @@ from beam_jobs.arrow import (
 from beam_jobs.creatives import pack_files
 from beam_jobs.inference import EncoderHandler, Named
 from beam_jobs.run import MonthRun
+from beam_jobs.workers import Listed, gpu_hints, on_gpu
 from model.encoder import EMBEDDING_WIDTH
 from schemas import lake
 from schemas.hashing import shard_of_column
@@ -44,16 +46,39 @@ _WANTED = pa.schema([("creative", pa.string()), ("shard", pa.int32())])
 def define_pack_pipeline(root: beam.Pipeline, run: MonthRun, encoder: str) -> None:
     """Packs that this encoder has not seen → their embeddings, a file a pack."""
     folder = embeddings_folder(encoder, run.month, run.id) + "/packs"
-    seen = {receipt.unit.rpartition("@")[0] for receipt in _embedded(run.storage, encoder)}
+    hints = gpu_hints(root, run.config)
+    read = on_gpu(functools.partial(read_thumbnails, run.storage), hints)
     _ = (
         root
-        | "Packs" >> beam.Create([pack for pack in pack_files(run.storage) if pack not in seen])
+        | "Packs" >> Listed(run, functools.partial(unseen_packs, run.storage, encoder), str)
         | "SpreadPacks" >> beam.Reshuffle()
-        | "ReadThumbnails" >> beam.FlatMap(functools.partial(read_thumbnails, run.storage)).with_output_types(Named)
-        | "Embed" >> RunInference(EncoderHandler(run.storage, encoder)).with_output_types(Named)
-        | "WriteEmbeddings" >> beam.ParDo(WriteUnits(run.storage, folder, _count)).with_output_types(Receipt)
+        | "EmbedPacks" >> _EmbedPacks(run.storage, encoder, folder, read).with_resource_hints(**hints)
         | "CommitPacks" >> CommitStage(run.storage, folder, "packs", {"encoder": encoder})
     )
+
+
+@dataclasses.dataclass(eq=False)
+class _EmbedPacks(beam.PTransform):
+    """Packs → receipts of their embeddings: one environment fetches, unpacks and embeds, so that pixels never leave a process."""
+
+    storage: Storage
+    encoder: str
+    folder: str
+    read: Callable[[str], Iterable[Named]]
+
+    def expand(self, packs: beam.PCollection) -> beam.PCollection:
+        return (
+            packs
+            | "ReadThumbnails" >> beam.FlatMap(self.read).with_output_types(Named)
+            | "Embed" >> RunInference(EncoderHandler(self.storage, self.encoder)).with_output_types(Named)
+            | "WriteEmbeddings" >> beam.ParDo(WriteUnits(self.storage, self.folder, _count)).with_output_types(Receipt)
+        )
+
+
+def unseen_packs(storage: Storage, encoder: str) -> list[str]:
+    """Packs of thumbnails that this encoder has not embedded."""
+    seen = {receipt.unit.rpartition("@")[0] for receipt in _embedded(storage, encoder)}
+    return [pack for pack in pack_files(storage) if pack not in seen]
 
 
 def define_gather_pipeline(root: beam.Pipeline, run: MonthRun, encoder: str, month: str, id: str) -> None:
@@ -64,14 +89,14 @@ def define_gather_pipeline(root: beam.Pipeline, run: MonthRun, encoder: str, mon
     by_creative = functools.partial(_shard_of_creative, shards=shards)
     wanted = (
         root
-        | "Index" >> beam.Create([(receipt.file, shard_of_unit(receipt.unit)) for receipt in index.receipts if receipt.file])
+        | "Index" >> Listed(run, functools.partial(_index_files, run, month, id), tuple[str, int])
         | "SpreadIndex" >> beam.Reshuffle()
         | "ReadWanted" >> beam.FlatMap(functools.partial(_read_wanted, storage)).with_output_types(pa.RecordBatch)
         | "ShardWanted" >> Repartition(storage, spill, shards, by_creative, unit_rows=None)
     )
     embedded = (
         root
-        | "Embeddings" >> beam.Create([receipt.file for receipt in _embedded(storage, encoder)])
+        | "Embeddings" >> Listed(run, functools.partial(_embedding_files, storage, encoder), str)
         | "SpreadEmbeddings" >> beam.Reshuffle()
         | "ReadEmbeddings" >> beam.FlatMap(functools.partial(read_parquet, storage)).with_output_types(pa.RecordBatch)
         | "ShardEmbeddings" >> Repartition(storage, spill, shards, by_creative, unit_rows=None)
@@ -84,6 +109,15 @@ def define_gather_pipeline(root: beam.Pipeline, run: MonthRun, encoder: str, mon
         | "WriteShards" >> beam.Map(write_embeddings, storage, folder).with_output_types(Receipt)
         | "CommitEmbeddings" >> CommitStage(storage, folder, "embed", {"encoder": encoder, "shards": shards, "width": EMBEDDING_WIDTH})
     )
+
+
+def _index_files(run: MonthRun, month: str, id: str) -> list[tuple[str, int]]:
+    index = run.manifest(lake.stage_folder("creatives", month, id), "creatives")
+    return [(receipt.file, shard_of_unit(receipt.unit)) for receipt in index.receipts if receipt.file]
+
+
+def _embedding_files(storage: Storage, encoder: str) -> list[str]:
+    return [receipt.file for receipt in _embedded(storage, encoder)]
 
 
 def _embedded(storage: Storage, encoder: str) -> list[Receipt]:

@@ -16,6 +16,7 @@ import pyarrow as pa
 from beam_jobs.join import month_rows
 from beam_jobs.pairs import CANDIDATE, CHAMPION, peers
 from beam_jobs.run import MonthRun, StageError
+from beam_jobs.workers import Listed
 from model import registry, splits
 from model.evaluation import Sums, verdict
 from model.features import outcomes
@@ -29,15 +30,19 @@ BASE_RATE = "base_rate"
 def define_pipeline(root: beam.Pipeline, run: MonthRun, candidate: Manifest) -> None:
     """The gate rows of the window's months → sums by month and model → the verdict on the newest month that has labelled ones."""
     encoder = candidate.info["encoder"]
-    units = [(month, id, unit) for month, id in run.window for unit in month_rows(run, month, id, encoder).units]
     _ = (
         root
-        | "Units" >> beam.Create(units)
+        | "Units" >> Listed(run, functools.partial(units, run, encoder), tuple[str, str, Receipt])
         | "SpreadUnits" >> beam.Reshuffle()
         | "JudgeUnit" >> beam.FlatMap(judge, run, encoder).with_output_types(tuple[str, str, Mapping[str, Sums]])
         | "Gather" >> beam.combiners.ToList()
         | "Decide" >> beam.Map(decide, run, encoder)
     )
+
+
+def units(run: MonthRun, encoder: str) -> list[tuple[str, str, Receipt]]:
+    """The units of rows of all months of the window."""
+    return [(month, id, unit) for month, id in run.window for unit in month_rows(run, month, id, encoder).units]
 
 
 def judge(unit: tuple[str, str, Receipt], run: MonthRun, encoder: str) -> Iterable[tuple[str, str, dict[str, Sums]]]:

@@ -14,7 +14,7 @@ import pathlib
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import apache_beam as beam
@@ -27,6 +27,7 @@ from beam_jobs import duplicates
 from beam_jobs.arrow import CommitStage, Repartition, ShardPair, Unit, pair_shards, read_table, shards_for
 from beam_jobs.config import Config
 from beam_jobs.run import MonthRun
+from beam_jobs.workers import Listed
 from schemas import lake
 from schemas.csv_records import Layout, is_packed
 from schemas.hashing import hash64_column, salted, shard_of_column
@@ -63,14 +64,14 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun) -> None:
     """Files, in parts → rows in shards, one receipt a file and one a unit of rows."""
     shards = shards_for(estimated_rows(run.storage, run.ads))
     folder = run.stage("rows")
-    parts = parts_of(run.ads, layout_of(run.config))
+    parts = len(month_parts(run))
     number = functools.partial(whole_file, storage=run.storage, folder=run.stage("rejects"))
     image = run.contract.image.name if run.contract.image else None
     assign = functools.partial(shard_of_rows, image=image, shards=shards)
     by_key = functools.partial(duplicates.shard_of_key, shards=shards)
     read = (
         root
-        | "Files" >> beam.Create(parts)
+        | "Files" >> Listed(run, functools.partial(month_parts, run), Part)
         | "SpreadFiles" >> beam.Reshuffle()
         | "ReadRows" >> beam.ParDo(_ReadRows(run)).with_outputs("parts", main="rows")
     )
@@ -83,9 +84,9 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun) -> None:
     )
     turned_away = (
         later
-        | "ShardByPart" >> Repartition(run.storage, run.spill, len(parts), duplicates.part_of)
+        | "ShardByPart" >> Repartition(run.storage, run.spill, parts, duplicates.part_of)
         | "SpreadDuplicates" >> beam.Reshuffle()
-        | "RejectDuplicates" >> beam.Map(reject_duplicates, run, parts).with_output_types(tuple[str, Receipt])
+        | "RejectDuplicates" >> beam.Map(reject_duplicates, run).with_output_types(tuple[str, Receipt])
     )
     files = (
         (read.parts, turned_away)
@@ -114,6 +115,12 @@ def parts_of(files: Iterable[Entry], layout: Layout) -> list[Part]:
             span = None if count == 1 else (edges[number], edges[number + 1])
             parts.append(Part(len(parts), entry.name, number, count, span))
     return parts
+
+
+@functools.lru_cache(2)
+def month_parts(run: MonthRun) -> list[Part]:
+    """The parts of the month's files, listed once a process."""
+    return parts_of(run.ads, layout_of(run.config))
 
 
 class _ReadRows(beam.DoFn):
@@ -148,9 +155,9 @@ def _unit(part: Part) -> str:
     return f"file/{part.file}@{part.number:05d}"
 
 
-def reject_duplicates(unit: Unit, run: MonthRun, parts: Sequence[Part]) -> tuple[str, Receipt]:
+def reject_duplicates(unit: Unit, run: MonthRun) -> tuple[str, Receipt]:
     """Write the rejects of a part's rows whose keys were there before, or of as many of them as a unit holds."""
-    part = parts[unit.shard]
+    part = month_parts(run)[unit.shard]
     found = read_table(run.storage, (unit,), duplicates.KEYED).sort_by("origin")
     later = pa.table({"row": duplicates.row_of(found["origin"]), "key": found["key"]})
     with run.storage.open(part.file) as stream:

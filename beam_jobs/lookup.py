@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from beam_jobs.arrow import UNIT_ROWS, CommitStage, Repartition, Unit, read_unit, shards_for
 from beam_jobs.run import MonthRun
+from beam_jobs.workers import Listed
 from schemas import lake
 from schemas.lake import Manifest, Receipt
 from schemas.parquet import read_parquet, upload
@@ -45,7 +46,7 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun, scores: Manifest) -> Non
     }
     _ = (
         root
-        | "Scores" >> beam.Create(scores.files)
+        | "Scores" >> Listed(run, functools.partial(score_files, run), str)
         | "SpreadScores" >> beam.Reshuffle()
         | "ReadScores" >> beam.FlatMap(functools.partial(read_scores, run.storage)).with_output_types(pa.RecordBatch)
         | "ShardByKey" >> Repartition(run.storage, run.spill, shards, functools.partial(shard_of_key, shards=shards), unit_rows=None)
@@ -53,6 +54,10 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun, scores: Manifest) -> Non
         | "WriteShard" >> beam.Map(write_shard, run.storage, folder, shards).with_output_types(Receipt)
         | "CommitLookup" >> CommitStage(run.storage, folder, store.STAGE, info)
     )
+
+
+def score_files(run: MonthRun) -> list[str]:
+    return run.manifest(run.stage("scores"), "score").files
 
 
 def read_scores(storage: Storage, file: str) -> Iterator[pa.RecordBatch]:

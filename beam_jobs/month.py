@@ -63,14 +63,11 @@ def _complete(folder: Callable[[MonthRun], str]) -> Callable[[MonthRun], bool]:
     return lambda run: lake.read_manifest(run.storage, folder(run)) is not None
 
 
-def _pipeline(define: Any, flags: Flags, run: MonthRun, *arguments: Any) -> None:
-    """Launch one pipeline, wait for it, and remove what it spilled."""
+def _pipeline(step: str, define: Any, flags: Flags, run: MonthRun, *arguments: Any) -> None:
+    """Launch one pipeline and wait for it."""
     from beam_jobs.runner import run_pipeline
 
-    try:
-        run_pipeline(lambda root: define(root, run, *arguments), flags)
-    finally:
-        run.storage.delete(f"{run.spill}/")
+    run_pipeline(lambda root: define(root, run, *arguments), flags, run, step)
 
 
 # Each stage imports its own job, so that a month in which nothing is to do imports neither Beam nor TensorFlow.
@@ -79,7 +76,7 @@ def _pipeline(define: Any, flags: Flags, run: MonthRun, *arguments: Any) -> None
 def _ingest(run: MonthRun, flags: Flags) -> None:
     from beam_jobs import ingest
 
-    _pipeline(ingest.define_pipeline, flags, run)
+    _pipeline("ingest", ingest.define_pipeline, flags, run)
 
 
 def _rows(run: MonthRun) -> Manifest:
@@ -98,8 +95,8 @@ def _creatives(run: MonthRun, flags: Flags) -> None:
 
     shards = _rows(run).info["shards"]
     if lake.read_manifest(run.storage, run.stage("creatives") + "/packs") is None:
-        _pipeline(creatives.define_pack_pipeline, flags, run)
-    _pipeline(creatives.define_index_pipeline, flags, run, shards)
+        _pipeline("creatives-packs", creatives.define_pack_pipeline, flags, run)
+    _pipeline("creatives-index", creatives.define_index_pipeline, flags, run, shards)
 
 
 def _tell_creatives(run: MonthRun) -> tuple[str, int]:
@@ -113,7 +110,7 @@ def _tell_creatives(run: MonthRun) -> tuple[str, int]:
 def _encoder(run: MonthRun, flags: Flags) -> None:
     from beam_jobs import train
 
-    _pipeline(train.define_pipeline, flags, run, train.train_encoder)
+    _pipeline("encoder", train.define_pipeline, flags, run, train.train_encoder)
 
 
 def _tell_model(folder: Callable[[MonthRun], str]) -> Callable[[MonthRun], tuple[str, int]]:
@@ -135,11 +132,11 @@ def _embed(run: MonthRun, flags: Flags) -> None:
 
     run.manifest(_encoder_folder(run), "encoder")
     if lake.read_manifest(run.storage, _embeddings(run) + "/packs") is None:
-        _pipeline(embed.define_pack_pipeline, flags, run, run.encoder)
+        _pipeline("embed-packs", embed.define_pack_pipeline, flags, run, run.encoder)
     # A new encoder has to embed the whole window; otherwise only this month is left.
     for month, id in run.window:
         if lake.read_manifest(run.storage, lake.embeddings_folder(run.encoder, month, id)) is None:
-            _pipeline(embed.define_gather_pipeline, flags, run, run.encoder, month, id)
+            _pipeline(f"embed-{month}", embed.define_gather_pipeline, flags, run, run.encoder, month, id)
 
 
 def _embeddings(run: MonthRun) -> str:
@@ -160,7 +157,7 @@ def _train(run: MonthRun, flags: Flags) -> None:
 
     run.manifest(_encoder_folder(run), "encoder")
     run.manifest(_embeddings(run), "embed")
-    _pipeline(train.define_pipeline, flags, run, train.train_ranker)
+    _pipeline("train", train.define_pipeline, flags, run, train.train_ranker)
 
 
 def _evaluate(run: MonthRun, flags: Flags) -> None:
@@ -170,7 +167,7 @@ def _evaluate(run: MonthRun, flags: Flags) -> None:
     if candidate.info["training"]["mode"] == "none":
         evaluate.keep_champion(run, candidate.info["training"]["why"])
     else:
-        _pipeline(evaluate.define_pipeline, flags, run, candidate)
+        _pipeline("evaluate", evaluate.define_pipeline, flags, run, candidate)
 
 
 def _tell_evaluate(run: MonthRun) -> tuple[str, int]:
@@ -182,7 +179,7 @@ def _tell_evaluate(run: MonthRun) -> tuple[str, int]:
 def _score(run: MonthRun, flags: Flags) -> None:
     from beam_jobs import score
 
-    _pipeline(score.define_pipeline, flags, run, run.manifest(run.stage("evaluation"), "evaluate"))
+    _pipeline("score", score.define_pipeline, flags, run, run.manifest(run.stage("evaluation"), "evaluate"))
 
 
 def _tell_score(run: MonthRun) -> tuple[str, int]:
@@ -194,7 +191,7 @@ def _tell_score(run: MonthRun) -> tuple[str, int]:
 def _lookup(run: MonthRun, flags: Flags) -> None:
     from beam_jobs import lookup
 
-    _pipeline(lookup.define_pipeline, flags, run, run.manifest(run.stage("scores"), "score"))
+    _pipeline("lookup", lookup.define_pipeline, flags, run, run.manifest(run.stage("scores"), "score"))
 
 
 def _tell_lookup(run: MonthRun) -> tuple[str, int]:

@@ -36,6 +36,10 @@ class StageError(RuntimeError):
     """A stage that cannot go on, in one sentence for the person who ran it."""
 
 
+class HandedOverError(RuntimeError):
+    """A job that was built for somebody else to start, so that nothing can follow it here; says what was built."""
+
+
 @dataclasses.dataclass(frozen=True)
 class MonthRun:
     """One run of one month, as every stage gets it; small, and pickled to workers.
@@ -49,7 +53,6 @@ class MonthRun:
         earlier: (month, run) of the window's months before this one that are published, oldest first.
         champion: the pair to refresh from and to compare with; None for a first model.
         known_encoder: the champion's encoder, if it has been trained; None where one is still to be.
-        ads: the month's CSV files.
         launch: unique to this launch of the run; no part of what it is.
     """
 
@@ -61,12 +64,17 @@ class MonthRun:
     earlier: tuple[tuple[str, str], ...]
     champion: Champion | None
     known_encoder: str | None
-    ads: tuple[Entry, ...]
     launch: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex[:12], compare=False)
 
     @property
     def folder(self) -> str:
         return lake.run_folder(self.month, self.id)
+
+    @property
+    def ads(self) -> tuple[Entry, ...]:
+        """The month's CSV files, as its inputs list them: a job carries the run in each of its steps, and there may be many files."""
+        listed = self.storage.read_json(f"{self.folder}/inputs.json")["ads"]
+        return tuple(Entry(lake.raw_ads(self.month) + name, size, checksum) for name, size, checksum in listed)
 
     @property
     def window(self) -> tuple[tuple[str, str], ...]:
@@ -155,7 +163,7 @@ def derive(config: Config, month: str) -> tuple[MonthRun, dict[str, Any], list[t
         "champion": champion and [champion.encoder, champion.ranker],
     }
     known = champion.encoder if champion and _is_trained(storage, champion.encoder) else None
-    run = MonthRun(storage, contract, config, month, _digest([month, inputs]), earlier, champion, known, ads)
+    run = MonthRun(storage, contract, config, month, _digest([month, inputs]), earlier, champion, known)
     return run, inputs, images
 
 
@@ -170,7 +178,7 @@ def kept(config: Config, month: str, id: str) -> MonthRun:
         contract = contracts.parse(storage.read(f"{lake.run_folder(month, id)}/contract.pbtxt").decode())
     except FileNotFoundError:
         raise StageError(f"run {id!r} of {month} is not in {storage.uri}; `adstocrat runs` lists those that are") from None
-    return MonthRun(storage, contract, config, month, id, (), None, None, ())
+    return MonthRun(storage, contract, config, month, id, (), None, None)
 
 
 def listing_file(run: MonthRun) -> str:

@@ -1,28 +1,139 @@
-"""How a pipeline is launched: on the local runner in this process, or on the one that Beam's own flags name."""
+"""How a pipeline is launched: on the local runner in this process, or on the one that Beam's own flags name.
+
+A job on Dataflow is known by its name, which follows from the run and the step. A launcher that dies is run again, finds the job that goes
+on without it, and waits for that one.
+"""
 
 import argparse
+import json
+import logging
+import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, SetupOptions, TestOptions, WorkerOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
+from beam_jobs import workers
 from beam_jobs.config import ConfigError, suggestion
+from beam_jobs.run import HandedOverError, MonthRun, StageError
+from schemas import lake
+
+log = logging.getLogger("adstocrat")
+Define = Callable[[beam.Pipeline], None]
 
 _SEVERAL_WORKERS = "Beam 2.77 loses rows with several local workers; leave it out (cores are used by threads), or name a cluster's --runner"
 
 
-def run_pipeline(define: Callable[[beam.Pipeline], None], flags: Sequence[str]) -> None:
-    """Build a pipeline, run it, and wait until it is done.
+# What the service says that a job used in all; what it says while the job still runs has a context of `tentative`.
+_TOTALS = ("TotalVcpuTime", "TotalMemoryUsage", "TotalPdUsage", "TotalSsdUsage", "TotalGpuTime", "TotalShuffleDataProcessed")
+
+
+def run_pipeline(define: Define, flags: Sequence[str], run: MonthRun, step: str) -> None:
+    """Build a pipeline, run it, wait until it is done, remove what it spilled, and note what it used in the run's folder.
+
+    Args:
+        define: builds it.
+        flags: Beam's.
+        run: of the month.
+        step: the stage, and which of its pipelines: lower-case letters, digits and dashes.
 
     Raises:
         ConfigError: a flag is unknown to Beam or refused.
+        StageError: the job ended otherwise than done.
+        HandedOverError: flags asked for the job alone (`--dry_run`, `--template_location`).
     """
-    options = checked_options(flags)
-    runner = None if options.get_all_options().get("runner") else FnApiRunner()
+    options, started = checked_options(flags), time.time()
+    used: dict[str, Any] = {}
+    if workers.on_dataflow(options):
+        used = _run_on_dataflow(define, options, run, step)
+    else:
+        try:
+            pipeline = beam.Pipeline(runner=None if options.get_all_options().get("runner") else FnApiRunner(), options=options)
+            define(pipeline)
+            pipeline.run().wait_until_finish()
+        finally:
+            run.storage.delete(f"{run.spill}/")
+    note = {"step": step, "seconds": round(time.time() - started, 1), **used}
+    run.storage.write(lake.unique(f"{run.folder}/used", step, ".json"), json.dumps(note).encode())
+
+
+def job_name(run: MonthRun, step: str) -> str:
+    return f"adstocrat-{run.month}-{run.id}-{step}"
+
+
+def dataflow_pipeline(define: Define, options: PipelineOptions, run: MonthRun, step: str, runner: Any) -> beam.Pipeline:
+    """A pipeline as the job that Dataflow gets; `options` are settled in passing."""
+    cloud = options.view_as(GoogleCloudOptions)
+    # A template's launcher gives the name; all others are known by theirs.
+    if not cloud.template_location:
+        cloud.job_name = job_name(run, step)
+    cloud.labels = [*(cloud.labels or []), f"month={run.month}", f"run={run.id}", f"step={step}", f"launch={run.launch}"]
     pipeline = beam.Pipeline(runner=runner, options=options)
     define(pipeline)
-    pipeline.run().wait_until_finish()
+    environments = pipeline.to_runner_api().components.environments.values()
+    uses_gpu = any("beam:resources:accelerator:v1" in environment.resource_hints for environment in environments)
+    workers.set_defaults(pipeline.options, uses_gpu)
+    return pipeline
+
+
+def _run_on_dataflow(define: Define, options: PipelineOptions, run: MonthRun, step: str) -> dict[str, Any]:
+    """Submit the step's job, or find it running already, and wait for it; returns what it used, as the service says."""
+    from apache_beam.runners.dataflow.dataflow_runner import DataflowPipelineResult, DataflowRunner, DataflowRuntimeException
+    from apache_beam.runners.dataflow.internal import apiclient
+
+    cloud, runner = options.view_as(GoogleCloudOptions), DataflowRunner()
+    alone = bool(cloud.template_location or options.view_as(TestOptions).dry_run)
+    job, launch = None, run.launch
+    if not alone:
+        runner.dataflow_client = apiclient.DataflowApplicationClient(options)
+        job = _active_job(runner.dataflow_client, cloud, job_name(run, step))
+    if job is None:
+        pipeline = dataflow_pipeline(define, options, run, step, runner)
+        try:
+            result: Any = pipeline.run()
+        except apiclient.DataflowJobAlreadyExistsError as error:
+            raise StageError(
+                f"another launcher has just submitted {job_name(run, step)}; run the same command again to wait for it"
+            ) from error
+        if alone:
+            graph = len(pipeline.to_runner_api().SerializeToString())
+            where = f"written to {cloud.template_location}" if cloud.template_location else "not sent"
+            raise HandedOverError(f"the job of {step} is built and {where}: a graph of {graph:,} bytes")
+        log.info("  %s: submitted as Dataflow job %s (%s)", step, cloud.job_name, result.job_id())
+    else:
+        launch = dict(job.labels).get("launch", launch)
+        log.info("  %s: Dataflow job %s (%s) is there already; waiting for it", step, job.name, job.id)
+        result = DataflowPipelineResult(job, runner, options)
+    try:
+        state = result.wait_until_finish()
+    except DataflowRuntimeException as error:
+        raise StageError(f"Dataflow job {job_name(run, step)} ({result.job_id()}) came to nothing: {error}") from error
+    finally:
+        # Of a job that this launcher leaves behind, nothing may be taken away.
+        if result.is_in_terminal_state():
+            run.storage.delete(f"spill/{launch}/")
+    if state != "DONE":
+        raise StageError(f"Dataflow job {job_name(run, step)} ({result.job_id()}) is {state}; the same command submits it anew")
+    return {"job": result.job_id(), "metrics": _totals(runner.dataflow_client, result.job_id())}
+
+
+def _active_job(client: Any, cloud: GoogleCloudOptions, name: str) -> Any:
+    """The job of that name that has not ended, or None; the service lets no two of one name run at a time."""
+    from google.cloud import dataflow_v1beta3 as dataflow
+
+    active = dataflow.ListJobsRequest.Filter.ACTIVE
+    request = dataflow.ListJobsRequest(project_id=cloud.project, location=cloud.region, filter=active, name=name)
+    return next((job for job in client._jobs_client.list_jobs(request) if job.name == name), None)
+
+
+def _totals(client: Any, job: str) -> dict[str, float]:
+    found = {}
+    for metric in client.get_job_metrics(job).metrics:
+        if metric.name.name in _TOTALS and "tentative" not in metric.name.context:
+            found[metric.name.name] = float(metric.scalar)
+    return found
 
 
 def checked_options(flags: Sequence[str]) -> PipelineOptions:
@@ -48,4 +159,24 @@ def checked_options(flags: Sequence[str]) -> PipelineOptions:
         raise ConfigError(f"--direct_num_workers={known.direct_num_workers} is refused: {_SEVERAL_WORKERS}")
     if any(flag.startswith("--direct_running_mode") for flag in flags) and known.direct_running_mode != "in_memory":
         raise ConfigError(f"--direct_running_mode={known.direct_running_mode} is refused: {_SEVERAL_WORKERS}")
-    return PipelineOptions(list(flags))
+    checked = PipelineOptions(list(flags))
+    if workers.on_dataflow(checked):
+        _check_dataflow(checked)
+    return checked
+
+
+def _check_dataflow(options: PipelineOptions) -> None:
+    setup, cloud = options.view_as(SetupOptions), options.view_as(GoogleCloudOptions)
+    if not options.view_as(WorkerOptions).sdk_container_image:
+        raise ConfigError(
+            "--sdk_container_image is missing; expected the image built from deploy/dataflow/Dockerfile, which holds this package"
+        )
+    for name in ("save_main_session", "setup_file", "requirements_file", "extra_packages"):
+        if getattr(setup, name):
+            raise ConfigError(f"--{name} is refused: workers run what --sdk_container_image holds, and nothing is staged; leave it out")
+    if cloud.job_name and not cloud.template_location:
+        raise ConfigError(
+            f"--job_name={cloud.job_name} is refused: a job is found again by the name that follows from its run; leave it out"
+        )
+    if any(option.startswith("worker_accelerator") for option in cloud.dataflow_service_options or []):
+        raise ConfigError("worker_accelerator is refused: only some steps need a GPU, and get it by resource hints; set gpu_type instead")

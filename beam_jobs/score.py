@@ -18,6 +18,7 @@ from beam_jobs.arrow import CommitStage, WriteUnits
 from beam_jobs.inference import Named, RankerHandler
 from beam_jobs.join import month_rows
 from beam_jobs.run import MonthRun
+from beam_jobs.workers import Listed
 from schemas import tables
 from schemas.lake import Manifest, Receipt
 
@@ -28,7 +29,7 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun, evaluation: Manifest) ->
     info = {"encoder": encoder, "ranker": ranker}
     _ = (
         root
-        | "Units" >> beam.Create(month_rows(run, run.month, run.id, encoder).units)
+        | "Units" >> Listed(run, functools.partial(units, run, encoder), Receipt)
         | "SpreadUnits" >> beam.Reshuffle()
         | "Join" >> beam.FlatMap(functools.partial(read_unit, run, encoder)).with_output_types(Named)
         | "Score" >> RunInference(RankerHandler(run.storage, ranker, [c.name for c in run.contract.carried])).with_output_types(Named)
@@ -36,6 +37,10 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun, evaluation: Manifest) ->
         | "WriteScores" >> beam.ParDo(WriteUnits(run.storage, run.stage("scores"), count)).with_output_types(Receipt)
         | "CommitScores" >> CommitStage(run.storage, run.stage("scores"), "score", info)
     )
+
+
+def units(run: MonthRun, encoder: str) -> list[Receipt]:
+    return month_rows(run, run.month, run.id, encoder).units
 
 
 def read_unit(run: MonthRun, encoder: str, unit: Receipt) -> Iterator[Named]:

@@ -21,6 +21,7 @@ from beam_jobs.creatives import pack_files
 from beam_jobs.join import examples, month_rows
 from beam_jobs.pairs import CHAMPION, peers
 from beam_jobs.run import MonthRun, StageError
+from beam_jobs.workers import Listed, gpu_hints, on_gpu
 from model import registry
 from schemas import lake
 from schemas.lake import Manifest
@@ -32,7 +33,9 @@ _BATCH_THUMBNAILS = 1024
 
 def define_pipeline(root: beam.Pipeline, run: MonthRun, train: Callable[[MonthRun], Manifest]) -> None:
     """The run → one of its models; the element is the run, so that a GPU worker can take the whole of it."""
-    _ = root | "Run" >> beam.Create([run]) | "Train" >> beam.Map(train)
+    hints = gpu_hints(root, run.config)
+    runs = root | "Run" >> Listed(run, lambda: [run], MonthRun)
+    _ = runs | "Train" >> beam.Map(on_gpu(train, hints)).with_output_types(Manifest).with_resource_hints(**hints)
 
 
 def train_encoder(run: MonthRun) -> Manifest:

@@ -30,7 +30,7 @@ CARRY_BATCHES = {
     "ingest": {"ReadRows/ParDo(_ReadRows)", "Keys", "FindDuplicates"},
     "creatives pack": {"ReadListing", "ReadKnown"},
     "creatives index": {"ReadListing", "ReadKnown"},
-    "embed pack": {"ReadThumbnails", "Embed/BeamML_RunInference"},
+    "embed pack": {"EmbedPacks/ReadThumbnails", "EmbedPacks/Embed/BeamML_RunInference"},
     "embed gather": {"ReadWanted", "ReadEmbeddings", "FindEmbeddings"},
     "evaluate": set[str](),
     "score": {"Join", "Score/BeamML_RunInference", "Label"},

@@ -88,7 +88,7 @@ def test_a_contract_without_images(storage: Folder) -> None:
 
 
 def month_run(storage: Folder, contract: Contract = IMAGE, earlier: tuple[tuple[str, str], ...] = (), seed: int = 0) -> MonthRun:
-    return MonthRun(storage, contract, Config(lake=storage.uri, seed=seed), "2026-10", "r", earlier, None, None, ())
+    return MonthRun(storage, contract, Config(lake=storage.uri, seed=seed), "2026-10", "r", earlier, None, None)
 
 
 def lay_down(storage: Folder, month: str, shards: dict[str, list[str | None]]) -> None:

@@ -44,7 +44,7 @@ def folder_of(run: MonthRun, stage: str) -> str:
 def run(tmp_path: pathlib.Path) -> MonthRun:
     """A run of which all is well: two files read, two units of rows, two units of scores, two shards of the lookup."""
     storage = Folder(str(tmp_path))
-    run = MonthRun(storage, contracts.load(contracts.DEFAULT), Config(lake=storage.uri), MONTH, "r", (), None, None, ())
+    run = MonthRun(storage, contracts.load(contracts.DEFAULT), Config(lake=storage.uri), MONTH, "r", (), None, None)
     reasons = {"rejected:field_count": 4, "rejected:unparsable": 6}
     statuses = {"image_status:ok": 50, "image_status:missing": 10, "score_status:ok": 50, "score_status:no_image": 10}
     receipts = {

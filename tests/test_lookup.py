@@ -131,7 +131,7 @@ def score_rows(run: MonthRun, rows: int) -> pa.RecordBatch:
 @pytest.fixture
 def run(tmp_path: pathlib.Path) -> MonthRun:
     lake = str(tmp_path / "lake")
-    return MonthRun(Folder(lake), CONTRACT, Config(lake=lake), "2026-10", "r", (), None, None, ())
+    return MonthRun(Folder(lake), CONTRACT, Config(lake=lake), "2026-10", "r", (), None, None)
 
 
 @pytest.mark.parametrize(("rows", "unit_rows", "shards"), [(1, 1_000_000, 1), (400, 1_000_000, 1), (400, 50, 8)])

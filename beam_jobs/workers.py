@@ -1,0 +1,136 @@
+"""What the workers of a Dataflow job are, and what is made sure of on a worker before any work is done.
+
+The image that workers run is this package, so nothing is staged: no main session, no setup file, no packages.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+from apache_beam.options.pipeline_options import DebugOptions, PipelineOptions, StandardOptions, WorkerOptions
+
+from beam_jobs.config import Config
+from beam_jobs.run import MonthRun, StageError, source_digest
+from model import registry
+from schemas.parquet import read_parquet
+from schemas.storage import Storage
+
+# Beam's own flags, where they are not given.
+_DEFAULTS = {
+    # 4 GB a vCPU: each vCPU has a process of its own, and what one holds at most is the rows of a unit, about 1 GiB (docs/scale.md).
+    "machine_type": "n2-standard-8",
+    # Spills and outputs lie in the bucket; the disk takes the image and, for each vCPU, a file or two that are being written.
+    "disk_size_gb": 64,
+    # Beam would go up to 1,000, and no bucket starts at what those ask of it: it doubles about every 20 minutes.
+    "max_num_workers": 64,
+}
+# A GPU is shared best by one process: several would each hold a model and a part of its memory. While one thread computes, others read.
+_GPU_EXPERIMENT, _GPU_THREADS = "no_use_multiple_sdk_containers", 4
+_GOLDEN, _GOLDEN_SCORE = "golden.parquet", "golden_score"
+# Another type of machine adds up in another order; a weight that is another moves scores by far more.
+_GOLDEN_TOLERANCE = 1e-4
+
+
+def on_dataflow(options: PipelineOptions) -> bool:
+    return (options.view_as(StandardOptions).runner or "").rpartition(".")[2].lower() == "dataflowrunner"
+
+
+def set_defaults(options: PipelineOptions, uses_gpu: bool) -> None:
+    """Settle what the job's workers are wherever no flag does."""
+    workers, debug = options.view_as(WorkerOptions), options.view_as(DebugOptions)
+    for name, value in _DEFAULTS.items():
+        if getattr(workers, name) is None:
+            setattr(workers, name, value)
+    if uses_gpu:
+        debug.add_experiment(_GPU_EXPERIMENT)
+        debug.number_of_worker_harness_threads = debug.number_of_worker_harness_threads or _GPU_THREADS
+
+
+def gpu_hints(root: beam.Pipeline, config: Config) -> dict[str, str]:
+    """Resource hints of a step that computes on a GPU; none on other runners, where each hint would only start another process."""
+    if not on_dataflow(root.options) or not config.gpu_type:
+        return {}
+    machine = f"machine_type:{config.gpu_machine_type};" if config.gpu_machine_type else ""
+    return {"accelerator": f"type:{config.gpu_type};count:{config.gpu_count};{machine}install-nvidia-driver"}
+
+
+def on_gpu(step: Callable[..., Any], hints: dict[str, str]) -> Callable[..., Any]:
+    """`step`, which on a worker that was asked to have a GPU makes sure of it first.
+
+    Raises:
+        StageError: (on the worker) TensorFlow sees none.
+    """
+    return functools.partial(_with_gpu, step) if hints else step
+
+
+def _with_gpu(step: Callable[..., Any], *arguments: Any) -> Any:
+    _make_sure_of_gpu()
+    return step(*arguments)
+
+
+@functools.cache
+def _make_sure_of_gpu() -> None:
+    from model import tensorflow
+
+    tensorflow.load()
+    import tensorflow as tf
+
+    gpus = tf.config.list_physical_devices("GPU")
+    if not gpus:
+        raise StageError(
+            f"TensorFlow {tf.__version__} sees no GPU on a worker that was asked to have one: expected a driver and the libraries of "
+            "deploy/dataflow/gpu.txt in the image; build it again, or set gpu_type to '' to do without"
+        )
+    for gpu in gpus:
+        tf.config.experimental.set_memory_growth(gpu, True)
+
+
+def check_golden(ranker: Any, storage: Storage, version: str) -> None:
+    """Hold a ranker, as it was loaded here, to the scores that it gave when it was trained, where those are kept beside it.
+
+    Raises:
+        StageError: it gives others.
+    """
+    kept = next((receipt for receipt in registry.manifest(storage, "ranker", version).receipts if receipt.unit == _GOLDEN), None)
+    for batch in read_parquet(storage, kept.file) if kept else ():
+        expected = batch[_GOLDEN_SCORE].to_numpy()
+        scores = ranker.predict(batch.drop_columns(_GOLDEN_SCORE))
+        off = np.flatnonzero(~np.isclose(scores, expected, rtol=_GOLDEN_TOLERANCE, atol=0, equal_nan=True))
+        if len(off):
+            raise StageError(
+                f"ranker {version!r} gives {len(off):,} of {len(scores):,} golden rows another score on this worker, the first "
+                f"{scores[off[0]]:.9f}, expected {expected[off[0]]:.9f}: the image or the driver is not what it was trained with"
+            )
+
+
+@dataclasses.dataclass(eq=False)
+class Listed(beam.PTransform):
+    """Where a pipeline begins: what there is to do, PBegin → PCollection[kind], listed on a worker and not carried by the job's graph.
+
+    A graph may have 10 MB; the units of a billion rows in three months, or the packs of 100 M creatives, have more.
+
+    Attributes:
+        run: of the month.
+        make: lists it, from the lake's manifests.
+        kind: type of its elements.
+    """
+
+    run: MonthRun
+    make: Callable[[], Iterable[Any]]
+    kind: Any
+
+    def expand(self, root: Any) -> beam.PCollection:
+        source = source_digest()
+        return root | beam.Impulse() | "List" >> beam.FlatMap(_listed, source, self.make).with_output_types(self.kind)
+
+
+def _listed(_: bytes, source: str, make: Callable[[], Iterable[Any]]) -> Iterable[Any]:
+    if source_digest() != source:
+        raise StageError(
+            f"the worker's image has source {source_digest()}, the launcher {source}: expected the same; build the image from what "
+            "launches, and name it with --sdk_container_image"
+        )
+    return make()
