@@ -316,7 +316,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="adstocrat-bench-") as temporary:
         work = arguments.work or pathlib.Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        return 0 if all(bench(work, arguments.rows, arguments.seconds, arguments.rounds)) else 1
+        return 0 if all(list(bench(work, arguments.rows, arguments.seconds, arguments.rounds))) else 1
 
 
 def bench(work: pathlib.Path, rows: int, seconds: int, rounds: int) -> Iterator[bool]:
