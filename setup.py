@@ -1,4 +1,4 @@
-"""Packaging: `.[pipeline,serving]` is the whole system, `.[serving]` what answers requests; `local` has emulators, `dev` tools."""
+"""Packaging: `pip install .[pipeline,serving]` is all, `.[serving]` what answers requests; `local` has emulators, `dev` tools."""
 
 from setuptools import find_packages, setup
 

@@ -73,9 +73,10 @@ def shard_of_key(batch: pa.RecordBatch, shards: int) -> np.ndarray:
 
 def write_shard(unit: Unit, storage: Storage, folder: str, shards: int) -> Receipt:
     """Sort a shard's rows by key and write them as its LMDB file."""
-    table = pa.Table.from_batches(read_unit(storage, unit)).sort_by("key")
+    table = pa.Table.from_batches(read_unit(storage, unit)).combine_chunks()
+    table = table.take(pc.sort_indices(table["key"]))
     # As JSON a chunk at a time: what a chunk took is there again for the next.
-    chunks = ((lists(batch["key"]), lists(json_objects(batch))) for batch in table.combine_chunks().to_batches(CHUNK_ROWS))
+    chunks = ((lists(batch["key"]), lists(json_objects(batch))) for batch in table.to_batches(CHUNK_ROWS))
     name = store.shard_name(unit.shard, shards)
     with tempfile.TemporaryDirectory(prefix="adstocrat-") as temporary:
         path = pathlib.Path(temporary) / "shard.lmdb"

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from schemas import lake
 from schemas.lake import Receipt
 from schemas.retries import take_retries
-from schemas.storage import Storage, crc32c
+from schemas.storage import Storage, crc32c_of_file
 
 BATCH_ROWS = 65_536
 # Of a file whose wide columns are passed over, so much is fetched at a time.
@@ -50,7 +50,7 @@ class ParquetFile(pq.ParquetWriter):
 
 def upload(storage: Storage, path: pathlib.Path, name: str) -> tuple[str, str]:
     """Put a finished local file into the lake: (name, crc32c)."""
-    checksum = crc32c(path.read_bytes())
+    checksum = crc32c_of_file(path)
     storage.upload(path, name)
     return name, checksum
 

@@ -135,7 +135,8 @@ def crc32c(data: bytes) -> str:
     return base64.b64encode(google_crc32c.value(data).to_bytes(4, "big")).decode()
 
 
-def _crc32c_of_file(path: pathlib.Path) -> str:
+def crc32c_of_file(path: pathlib.Path) -> str:
+    """As `crc32c`, of a file that need not fit in memory."""
     import google_crc32c
 
     checksum = google_crc32c.Checksum()
@@ -182,7 +183,7 @@ class Folder(Storage):
             stat = path.stat()
             size, changed, checksum = memory.get(name, (None, None, None))
             if (size, changed) != (stat.st_size, stat.st_mtime_ns):
-                checksum = _crc32c_of_file(path)
+                checksum = crc32c_of_file(path)
             return Entry(name, stat.st_size, checksum), stat.st_mtime_ns
 
         with ThreadPoolExecutor(8) as pool:

@@ -14,7 +14,7 @@ from urllib.parse import unquote_to_bytes
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
@@ -61,7 +61,8 @@ class Service:
             Route("/v1/status", self._status),
             Route("/openapi.json", self._openapi),
         ]
-        self._rest = Starlette(routes=routes, exception_handlers={HTTPException: _http_problem, Exception: _server_problem})
+        handlers = {HTTPException: _http_problem, ClientDisconnect: _gone, Exception: _server_problem}
+        self._rest = Starlette(routes=routes, exception_handlers=handlers)
         self._rest.router.redirect_slashes = False
 
     def serve(self, table: Table) -> None:
@@ -243,6 +244,10 @@ def _http_problem(request: Request, error: Exception) -> Response:
 
 def _server_problem(request: Request, error: Exception) -> Response:
     return _response(_problem(500, "The service failed on this request; its log says why."))
+
+
+def _gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=400)  # Which nobody reads.
 
 
 def _shown(key: bytes) -> str:

@@ -38,7 +38,8 @@ SAME_FOR_ALL = {"month": "2026-10", "run_id": "r1", "encoder_version": "e1", "mo
 
 
 def row(key: str, p_click: float = 0.0123) -> bytes:
-    return json.dumps({"key": key, "p_click": p_click, "score_status": "ok"}, ensure_ascii=False, separators=(",", ":")).encode()
+    values = {"key": key, "p_click": p_click, "creative": None, "image_status": "no_image", "score_status": "no_image"}
+    return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def publish(
@@ -140,7 +141,7 @@ FAULTS: dict[str, tuple[Callable[[Folder, Current], Any], str]] = {
     ),
     "list as manifest": (lambda lake, current: lake.write("lookup/2026-11/r2/manifest.json", b"[]"), "is damaged: "),
     "no manifest": (
-        lambda lake, current: pathlib.Path(lake.uri, "lookup/2026-11/r2/manifest.json").unlink(),
+        lambda lake, current: pathlib.Path(lake.uri, "lookup", current.month, current.run, "manifest.json").unlink(),
         "lookup/2026-11/r2 has no manifest.json: its stage is not complete",
     ),
 }
