@@ -32,6 +32,7 @@ setup(
     extras_require={
         "local": ["bqemulator", "duckdb-extension-spatial", "duckdb-extensions", "gcp-storage-emulator"],
         "dev": ["hypothesis", "mypy", "pytest", "ruff", "types-PyYAML"],
+        "tfma": ["tensorflow-model-analysis>=0.52,<0.53"],
     },
     entry_points={"console_scripts": ["adstocrat=beam_jobs.cli:main"]},
 )

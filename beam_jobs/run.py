@@ -29,6 +29,7 @@ from schemas.storage import Entry, Storage, open_storage
 log = logging.getLogger("adstocrat")
 
 PACKAGES = ("schemas", "model", "beam_jobs", "serving")
+_EARLIER_MONTHS = 6
 LISTING = pa.schema([("image", pa.string()), ("size", pa.int64()), ("crc32c", pa.string())])
 
 
@@ -50,6 +51,7 @@ class MonthRun:
         champion: the pair to refresh from and to compare with; None for a first model.
         known_encoder: the champion's encoder, if it has been trained; None where one is still to be.
         ads: the month's CSV files.
+        earlier_champion: what was published half a year ago, to compare with as well; None where that is the champion, or nothing.
         launch: unique to this launch of the run; no part of what it is.
     """
 
@@ -62,6 +64,7 @@ class MonthRun:
     champion: Champion | None
     known_encoder: str | None
     ads: tuple[Entry, ...]
+    earlier_champion: Champion | None = None
     launch: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex[:12], compare=False)
 
     @property
@@ -128,6 +131,7 @@ def prepare(config: Config, month: str) -> MonthRun:
     images = [(entry.name[len(prefix) :], entry.size, entry.crc32c) for entry in storage.entries(prefix)]
     earlier = _published_window(storage, contract, config, month)
     champion = champion_before(storage, month)
+    half_a_year_ago = champion and earlier_champion(storage, contract, month, champion)
     inputs = {
         "ads": [[entry.name.removeprefix(lake.raw_ads(month)), entry.size, entry.crc32c] for entry in ads],
         "images": {"count": len(images), "bytes": sum(size for _, size, _ in images), "digest": _digest(images)},
@@ -136,9 +140,10 @@ def prepare(config: Config, month: str) -> MonthRun:
         "source": source_digest(),
         "window": earlier,
         "champion": champion and [champion.encoder, champion.ranker],
+        "earlier_champion": half_a_year_ago and [half_a_year_ago.encoder, half_a_year_ago.ranker],
     }
     known = champion.encoder if champion and _is_trained(storage, champion.encoder) else None
-    run = MonthRun(storage, contract, config, month, _digest([month, inputs]), earlier, champion, known, ads)
+    run = MonthRun(storage, contract, config, month, _digest([month, inputs]), earlier, champion, known, ads, half_a_year_ago)
     if storage.read_json(f"{run.folder}/inputs.json") is None:
         columns = [
             pa.array(column, type)
@@ -171,6 +176,22 @@ def champion_before(storage: Storage, month: str) -> Champion | None:
             return champion
         parent = made.info["parent"]
         champion = Champion(**parent) if parent else None
+    return None
+
+
+def earlier_champion(storage: Storage, contract: Contract, month: str, champion: Champion) -> Champion | None:
+    """The pair that the month half a year before was published with, or the oldest since then that is kept; None where it is the champion.
+
+    Without it, every month could lose a little against the month before, and much in a year.
+    """
+    for back in range(_EARLIER_MONTHS, 0, -1):
+        earlier = lake.month_after(month, -back)
+        for note in reversed(lake.publications(storage, earlier)):
+            judged = lake.read_manifest(storage, lake.stage_folder("evaluation", earlier, note.run))
+            made = judged and lake.read_manifest(storage, lake.model_folder("ranker", judged.info["ranker"]))
+            if judged and made and made.info["contract"] == contract.fingerprint:
+                pair = Champion(judged.info["encoder"], judged.info["ranker"], earlier, note.run)
+                return pair if pair.ranker != champion.ranker else None
     return None
 
 

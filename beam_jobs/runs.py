@@ -161,4 +161,6 @@ def _unlisted(storage: Storage) -> Iterator[str]:
             folder = manifest.rpartition("/")[0]
             listed = lake.read_manifest(storage, folder)
             files = set(listed.files) if listed else set()
-            yield from (name for name in names if name.startswith(f"{folder}/") and name != manifest and name not in files)
+            yield from (
+                name for name in names if name.startswith(f"{folder}/") and not name.endswith(f"/{lake.MANIFEST}") and name not in files
+            )

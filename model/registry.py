@@ -1,7 +1,9 @@
 """Models in the lake: saved whole under attempt-unique names, fetched by manifest, and never loaded with a byte changed."""
 
 import hashlib
+import importlib.metadata
 import pathlib
+import platform
 import tempfile
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 from schemas import lake
 from schemas.lake import Manifest, Receipt
 from schemas.storage import Storage, crc32c
+
+_PACKAGES = ("apache-beam", "keras", "numpy", "pyarrow", "tensorflow")
 
 
 class ModelError(ValueError):
@@ -25,6 +29,11 @@ def save(storage: Storage, kind: str, version: str, folder: pathlib.Path, info: 
         storage.upload(path, f"{attempt}/{unit}")
         receipts.append(Receipt(unit, f"{attempt}/{unit}", 0, {"bytes": len(data)}, crc32c(data)))
     return receipts, {**info, "kind": kind, "version": version, "digest": digest.hexdigest()}
+
+
+def packages() -> dict[str, str]:
+    """Versions of Python and of the packages that a model's weights depend on."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}}
 
 
 def manifest(storage: Storage, kind: str, version: str) -> Manifest:

@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from schemas.contract import Contract
@@ -31,7 +32,16 @@ def score_fields(contract: Contract) -> list[dict[str, Any]]:
 
 def scores(contract: Contract) -> "pa.Schema":
     """The score table's schema in Arrow; what BigQuery calls REQUIRED is not nullable."""
+    return _arrow(score_fields(contract))
+
+
+def quality() -> "pa.Schema":
+    """The quality table's schema in Arrow."""
+    return _arrow(_fixed("quality"))
+
+
+def _arrow(fields: Sequence[dict[str, Any]]) -> "pa.Schema":
     import pyarrow as pa
 
     types = {"DATE": pa.date32(), "STRING": pa.string(), "INT64": pa.int64(), "FLOAT64": pa.float64()}
-    return pa.schema([pa.field(field["name"], types[field["type"]], field["mode"] != "REQUIRED") for field in score_fields(contract)])
+    return pa.schema([pa.field(field["name"], types[field["type"]], field["mode"] != "REQUIRED") for field in fields])
