@@ -29,6 +29,7 @@ setup(
         ],
         "local": ["bqemulator", "duckdb-extension-spatial", "duckdb-extensions", "gcp-storage-emulator"],
         "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "schemathesis", "types-PyYAML"],
+        "tfma": ["tensorflow-model-analysis>=0.52,<0.53"],
     },
     entry_points={"console_scripts": ["adstocrat=beam_jobs.cli:main"]},
 )

@@ -149,6 +149,9 @@ def _parser() -> tuple[_Parser, Any]:
     _add_run_flags(month, _month)
     for stage in _STAGES:
         _add_run_flags(commands.add_parser(stage, help=f"run the stage {stage} of a month alone", epilog=behind), _stage)
+    commands.choices["evaluate"].add_argument(
+        "--write-tfma", metavar="DIR", help="write the results in the format of TensorFlow Model Analysis too; needs the extra `tfma`"
+    )
 
     rollback = commands.add_parser("rollback", help="make an earlier run of a month current again")
     _add_run_flags(rollback, _rollback)
@@ -169,7 +172,15 @@ def _parser() -> tuple[_Parser, Any]:
     gc.add_argument("--keep", type=int, required=True, metavar="N", help="newest runs of each month to keep, with all that they build on")
     gc.add_argument("--dry-run", action="store_true", help="list what would be removed, and remove nothing")
     gc.set_defaults(run=_gc)
-    for of_a_lake in (runs, show, gc):
+    models = commands.add_parser("models", help="list the models of a lake, and what the gate said of them")
+    models.set_defaults(run=_models)
+    promote = commands.add_parser("promote", help="make a kept ranker the champion, so that the next run builds on it")
+    promote.add_argument("version", metavar="VERSION")
+    promote.set_defaults(run=_promote)
+    compare = commands.add_parser("compare", help="two kept rankers on the same gate rows of the newest labelled month")
+    compare.add_argument("versions", nargs=2, metavar="VERSION")
+    compare.set_defaults(run=_compare)
+    for of_a_lake in (runs, show, gc, models, promote, compare):
         of_a_lake.add_argument("--lake", required=True, help="gs://bucket[/prefix] or a folder")
 
     cloud = commands.add_parser(
@@ -251,7 +262,16 @@ def _month(arguments: argparse.Namespace, flags: list[str]) -> None:
 def _stage(arguments: argparse.Namespace, flags: list[str]) -> None:
     from beam_jobs.month import STAGES, run_stage
 
-    run_stage(next(stage for stage in STAGES if stage.name == arguments.command), _prepared(arguments, flags), flags)
+    folder = getattr(arguments, "write_tfma", None)
+    if folder:
+        from beam_jobs import tfma
+        from beam_jobs.runner import run_pipeline
+
+        tfma.check_installed()
+    run = _prepared(arguments, flags)
+    run_stage(next(stage for stage in STAGES if stage.name == arguments.command), run, flags)
+    if folder:
+        run_pipeline(lambda root: tfma.define_pipeline(root, run, folder), flags, run, "evaluate-tfma")
 
 
 def _rollback(arguments: argparse.Namespace, _: list[str]) -> None:
@@ -321,6 +341,28 @@ def _gc(arguments: argparse.Namespace, _: list[str]) -> None:
         if not arguments.dry_run:
             storage.delete(name)
     print(f"{len(names):,} objects {'would be' if arguments.dry_run else 'were'} removed")
+
+
+def _models(arguments: argparse.Namespace, _: list[str]) -> None:
+    from beam_jobs.models import table
+    from schemas.storage import open_storage
+
+    print(table(open_storage(arguments.lake)))
+
+
+def _promote(arguments: argparse.Namespace, _: list[str]) -> None:
+    from beam_jobs.models import promote
+    from schemas.storage import open_storage
+
+    champion = promote(open_storage(arguments.lake), arguments.version)
+    print(f"champion: ranker {champion.ranker} with encoder {champion.encoder}")
+
+
+def _compare(arguments: argparse.Namespace, _: list[str]) -> None:
+    from beam_jobs.models import compare
+    from schemas.storage import open_storage
+
+    print(compare(open_storage(arguments.lake), *arguments.versions))
 
 
 def _local_cloud(arguments: argparse.Namespace, command: list[str]) -> int:

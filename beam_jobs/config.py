@@ -32,6 +32,13 @@ class Config:
         "when a month may begin: `always`, `marker NAME` (a file in raw/MONTH/), or `quiet 2h` after the last file", "always"
     )
     max_reject_share: float = _setting("share of a month's rows that may be rejected before the month stops", 0.01)
+    max_ne_loss: float = _setting(
+        "normalized entropy that a candidate may lose against the champion, relative; twice that against the one of half a year ago",
+        0.005,
+        affects_model=True,
+    )
+    min_gate_clicks: int = _setting("clicks on gate rows that a candidate is judged by at least", 1000, affects_model=True)
+    require_promotion: bool = _setting("stop before scoring, with an error, where the gate refuses the candidate", False)
     csv_newlines_in_values: bool = _setting(
         "whether a quoted CSV value may hold a line end; where not, big files are read in parts, each by another worker",
         True,
@@ -58,12 +65,14 @@ class Config:
     max_bytes_billed: int = _setting("bytes that one BigQuery job may bill before it is refused", 1 << 40)
 
     def __post_init__(self) -> None:
-        for name, least in (("window_months", 1), ("seed", 0), ("fetch_threads", 1), ("gpu_count", 1), ("max_bytes_billed", 1)):
-            value = getattr(self, name)
+        for name in ("window_months", "fetch_threads", "gpu_count", "max_bytes_billed", "min_gate_clicks", "seed"):
+            value, least = getattr(self, name), int(name != "seed")
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name} is {value!r}; expected a whole number of at least {least}")
-        if not isinstance(self.max_reject_share, int | float) or not 0 <= self.max_reject_share <= 1:
-            raise ConfigError(f"max_reject_share is {self.max_reject_share!r}; expected a number from 0 to 1, such as 0.01")
+        for name, example in (("max_reject_share", 0.01), ("max_ne_loss", 0.005)):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ConfigError(f"{name} is {value!r}; expected a number from 0 to 1, such as {example}")
         if not isinstance(self.publish_max_mean_shift, int | float) or not self.publish_max_mean_shift > 0:
             raise ConfigError(f"publish_max_mean_shift is {self.publish_max_mean_shift!r}; expected a number above 0, such as 0.1")
         gone = self.publish_gone
@@ -77,7 +86,7 @@ class Config:
             raise ConfigError(
                 f"ingest_ready is {self.ingest_ready!r}; expected `always`, `marker NAME`, or `quiet` and a time such as 45s, 30m, 2h or 1d"
             )
-        for name in ("csv_newlines_in_values", "accept_shift"):
+        for name in ("csv_newlines_in_values", "accept_shift", "require_promotion"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected true or false")
         try:

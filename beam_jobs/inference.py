@@ -11,7 +11,6 @@ import pyarrow as pa
 from apache_beam.ml.inference.base import ModelHandler
 
 from beam_jobs.join import embedding_matrix
-from beam_jobs.workers import check_golden
 from model import images, registry
 from schemas.storage import Storage
 
@@ -64,11 +63,6 @@ class RankerHandler(_BatchHandler[Any]):
     def __init__(self, storage: Storage, version: str, carried: Sequence[str]):
         super().__init__(storage, version)
         self._carried = list(carried)
-
-    def load_model(self) -> Any:
-        ranker = super().load_model()
-        check_golden(ranker, self._storage, self._version)
-        return ranker
 
     def run_inference(self, batch: Any, model: Any, inference_args: Any = None) -> Iterable[Named]:
         name, rows = batch

@@ -25,7 +25,7 @@ def take(run: MonthRun) -> dict[str, Any]:
         StageError: it does not balance, or a file is missing or damaged; says where.
     """
     rows = run.manifest(run.stage("rows"), "ingest")
-    scores = run.manifest(run.stage("scores"), "score")
+    scores, evaluation = run.manifest(run.stage("scores"), "score"), lake.read_manifest(run.storage, run.stage("evaluation"))
     lookup = run.manifest(run.stage("lookup"), "lookup")
     packs = run.manifest(run.stage("creatives") + "/packs", "creatives")
     index = run.manifest(run.stage("creatives"), "creatives")
@@ -69,6 +69,7 @@ def take(run: MonthRun) -> dict[str, Any]:
     ledger = {
         "month": run.month,
         "run": run.id,
+        "gate": {name: evaluation.info[name] for name in ("status", "why")} if evaluation else None,
         "counts": counts,
         "rejected": rejected,
         "image_status": scores.counts("image_status:"),
@@ -99,6 +100,7 @@ def show(ledger: Mapping[str, Any]) -> str:
             f"{counts['creatives embedded']:,} embedded",
             f"  status   image: {each(ledger['image_status'])}; score: {each(ledger['score_status'])}",
             *([f"  storage  {counts['retries']:,} requests made again"] if counts.get("retries") else []),
+            *([f"  gate     {ledger['gate']['status']}: {ledger['gate']['why']}"] if ledger["gate"] else []),
             "  balanced" if ledger["balanced"] else f"  NOT balanced: {'; '.join(ledger['unbalanced'])}",
         )
     )

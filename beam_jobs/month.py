@@ -167,18 +167,21 @@ def _evaluate(run: MonthRun, flags: Flags) -> None:
     if candidate.info["training"]["mode"] == "none":
         evaluate.keep_champion(run, candidate.info["training"]["why"])
     else:
-        _pipeline("evaluate", evaluate.define_pipeline, flags, run, candidate)
+        _pipeline("evaluate", evaluate.define_pipeline, flags, run)
+    evaluate.check_promoted(run)
 
 
 def _tell_evaluate(run: MonthRun) -> tuple[str, int]:
     info = run.manifest(run.stage("evaluation"), "evaluate").info
     ruling = "candidate promoted" if info["promoted"] else "champion kept"
-    return f"{ruling}{' (flagged)' if info['flagged'] else ''}: {info['why']}", info["metrics"]["candidate"]["rows"]
+    told = f"{ruling}{' (flagged)' if info['flagged'] else ''}: {info['why']}"
+    return told, info["metrics"].get("candidate", {}).get("rows", 0)
 
 
 def _score(run: MonthRun, flags: Flags) -> None:
-    from beam_jobs import score
+    from beam_jobs import evaluate, score
 
+    evaluate.check_promoted(run)
     _pipeline("score", score.define_pipeline, flags, run, run.manifest(run.stage("evaluation"), "evaluate"))
 
 

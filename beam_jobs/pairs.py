@@ -2,9 +2,10 @@
 
 from beam_jobs.run import MonthRun
 from model import registry
+from model.gate import CANDIDATE, CHAMPION, EARLIER_CHAMPION
 from schemas.lake import Champion
 
-CANDIDATE, CHAMPION = "candidate", "champion"
+__all__ = ["CANDIDATE", "CHAMPION", "EARLIER_CHAMPION", "candidate", "peers"]
 
 
 def candidate(run: MonthRun) -> Champion:
@@ -14,8 +15,11 @@ def candidate(run: MonthRun) -> Champion:
 
 def peers(run: MonthRun) -> dict[str, Champion]:
     """Published pairs that can score the month's rows, by what they are to the candidate; a pair of another contract cannot."""
-    champion = run.champion
-    if champion is None or champion.encoder != run.known_encoder:
-        return {}
-    made = registry.manifest(run.storage, "ranker", champion.ranker)
-    return {CHAMPION: champion} if made.info["contract"] == run.contract.fingerprint else {}
+    named = {CHAMPION: run.champion, EARLIER_CHAMPION: run.earlier_champion}
+    return {
+        name: pair
+        for name, pair in named.items()
+        if pair
+        and pair.encoder == run.known_encoder
+        and registry.manifest(run.storage, "ranker", pair.ranker).info["contract"] == run.contract.fingerprint
+    }

@@ -29,6 +29,7 @@ from schemas.storage import Entry, Storage, open_storage
 log = logging.getLogger("adstocrat")
 
 PACKAGES = ("schemas", "model", "beam_jobs", "serving")
+_EARLIER_MONTHS = 6
 LISTING = pa.schema([("image", pa.string()), ("size", pa.int64()), ("crc32c", pa.string())])
 
 
@@ -53,6 +54,7 @@ class MonthRun:
         earlier: (month, run) of the window's months before this one that are published, oldest first.
         champion: the pair to refresh from and to compare with; None for a first model.
         known_encoder: the champion's encoder, if it has been trained; None where one is still to be.
+        earlier_champion: what was published half a year ago, to compare with as well; None where that is the champion, or nothing.
         launch: unique to this launch of the run; no part of what it is.
     """
 
@@ -64,6 +66,7 @@ class MonthRun:
     earlier: tuple[tuple[str, str], ...]
     champion: Champion | None
     known_encoder: str | None
+    earlier_champion: Champion | None = None
     launch: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex[:12], compare=False)
 
     @property
@@ -153,6 +156,7 @@ def derive(config: Config, month: str) -> tuple[MonthRun, dict[str, Any], list[t
     images = [(entry.name[len(prefix) :], entry.size, entry.crc32c) for entry in storage.entries(prefix)]
     earlier = _published_window(storage, contract, config, month)
     champion = champion_before(storage, month)
+    half_a_year_ago = champion and earlier_champion(storage, contract, month, champion)
     inputs = {
         "ads": [[entry.name.removeprefix(lake.raw_ads(month)), entry.size, entry.crc32c] for entry in ads],
         "images": {"count": len(images), "bytes": sum(size for _, size, _ in images), "digest": _digest(images)},
@@ -161,9 +165,10 @@ def derive(config: Config, month: str) -> tuple[MonthRun, dict[str, Any], list[t
         "source": source_digest(),
         "window": earlier,
         "champion": champion and [champion.encoder, champion.ranker],
+        "earlier_champion": half_a_year_ago and [half_a_year_ago.encoder, half_a_year_ago.ranker],
     }
     known = champion.encoder if champion and _is_trained(storage, champion.encoder) else None
-    run = MonthRun(storage, contract, config, month, _digest([month, inputs]), earlier, champion, known)
+    run = MonthRun(storage, contract, config, month, _digest([month, inputs]), earlier, champion, known, half_a_year_ago)
     return run, inputs, images
 
 
@@ -201,6 +206,22 @@ def champion_before(storage: Storage, month: str) -> Champion | None:
             return champion
         parent = made.info["parent"]
         champion = Champion(**parent) if parent else None
+    return None
+
+
+def earlier_champion(storage: Storage, contract: Contract, month: str, champion: Champion) -> Champion | None:
+    """The pair that the month half a year before was published with, or the oldest since then that is kept; None where it is the champion.
+
+    Without it, every month could lose a little against the month before, and much in a year.
+    """
+    for back in range(_EARLIER_MONTHS, 0, -1):
+        earlier = lake.month_after(month, -back)
+        for note in reversed(lake.publications(storage, earlier)):
+            judged = lake.read_manifest(storage, lake.stage_folder("evaluation", earlier, note.run))
+            made = judged and lake.read_manifest(storage, lake.model_folder("ranker", judged.info["ranker"]))
+            if judged and made and made.info["contract"] == contract.fingerprint:
+                pair = Champion(judged.info["encoder"], judged.info["ranker"], earlier, note.run)
+                return pair if pair.ranker != champion.ranker else None
     return None
 
 

@@ -20,9 +20,10 @@ import pyarrow.compute as pc
 from beam_jobs.creatives import pack_files
 from beam_jobs.join import examples, month_rows
 from beam_jobs.pairs import CHAMPION, peers
-from beam_jobs.run import MonthRun, StageError
+from beam_jobs.run import MonthRun, StageError, source_digest
 from beam_jobs.workers import Listed, gpu_hints, on_gpu
-from model import registry
+from model import golden, registry
+from schemas import contract as contracts
 from schemas import lake
 from schemas.lake import Manifest
 from schemas.parquet import read_parquet
@@ -81,6 +82,8 @@ def train_ranker(run: MonthRun) -> Manifest:
                 lambda line: log.info("  train: %s", line),
             ),
         )
+        if summary["mode"] != "none":
+            golden.write(pathlib.Path(folder), examples(run, encoder, 0))
         champion = run.champion and dataclasses.asdict(run.champion)
         return _commit(run, "ranker", folder, {"training": summary, "parent": champion, "encoder": encoder, "encoder_digest": digest})
 
@@ -109,6 +112,8 @@ def _learnt(run: MonthRun, train: Callable[[], dict[str, Any]]) -> dict[str, Any
 
 
 def _commit(run: MonthRun, kind: str, folder: str, info: dict[str, Any]) -> Manifest:
-    info |= {"month": run.month, "run": run.id, "contract": run.contract.fingerprint}
+    (pathlib.Path(folder) / "contract.pbtxt").write_text(contracts.dumps(run.contract))
+    info |= {"month": run.month, "run": run.id, "contract": run.contract.fingerprint, "window": run.window, "source": source_digest()}
+    info |= {"settings": run.config.affecting_model(), "packages": registry.packages()}
     receipts, info = registry.save(run.storage, kind, run.version, pathlib.Path(folder), info)
     return lake.commit(run.storage, lake.model_folder(kind, run.version), Manifest(kind, tuple(receipts), info))

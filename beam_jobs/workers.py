@@ -9,14 +9,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import apache_beam as beam
-import numpy as np
 from apache_beam.options.pipeline_options import DebugOptions, PipelineOptions, StandardOptions, WorkerOptions
 
 from beam_jobs.config import Config
 from beam_jobs.run import MonthRun, StageError, source_digest
-from model import registry
-from schemas.parquet import read_parquet
-from schemas.storage import Storage
 
 # Beam's own flags, where they are not given.
 _DEFAULTS = {
@@ -29,9 +25,6 @@ _DEFAULTS = {
 }
 # A GPU is shared best by one process: several would each hold a model and a part of its memory. While one thread computes, others read.
 _GPU_EXPERIMENT, _GPU_THREADS = "no_use_multiple_sdk_containers", 4
-_GOLDEN, _GOLDEN_SCORE = "golden.parquet", "golden_score"
-# Another type of machine adds up in another order; a weight that is another moves scores by far more.
-_GOLDEN_TOLERANCE = 1e-4
 
 
 def on_dataflow(options: PipelineOptions) -> bool:
@@ -86,24 +79,6 @@ def _make_sure_of_gpu() -> None:
         )
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)
-
-
-def check_golden(ranker: Any, storage: Storage, version: str) -> None:
-    """Hold a ranker, as it was loaded here, to the scores that it gave when it was trained, where those are kept beside it.
-
-    Raises:
-        StageError: it gives others.
-    """
-    kept = next((receipt for receipt in registry.manifest(storage, "ranker", version).receipts if receipt.unit == _GOLDEN), None)
-    for batch in read_parquet(storage, kept.file) if kept else ():
-        expected = batch[_GOLDEN_SCORE].to_numpy()
-        scores = ranker.predict(batch.drop_columns(_GOLDEN_SCORE))
-        off = np.flatnonzero(~np.isclose(scores, expected, rtol=_GOLDEN_TOLERANCE, atol=0, equal_nan=True))
-        if len(off):
-            raise StageError(
-                f"ranker {version!r} gives {len(off):,} of {len(scores):,} golden rows another score on this worker, the first "
-                f"{scores[off[0]]:.9f}, expected {expected[off[0]]:.9f}: the image or the driver is not what it was trained with"
-            )
 
 
 @dataclasses.dataclass(eq=False)

@@ -1,70 +1,259 @@
-"""How good a model is on gate rows, and whether it may be published.
+"""How good models are on the same rows: metrics from columns, with intervals, out of sums that merge.
 
-Every number is per impression: a row is `clicks` positives and `impressions - clicks` negatives.
+Every number is per impression: a row is `clicks` positives and `impressions - clicks` negatives. The intervals are by Poisson bootstrap
+over clusters, a cluster being the rows of one creative: a cluster's weight in a replicate follows from the hash of both, so it is the
+same in every batch, worker and run, and the sums of a replicate merge as the sums themselves do.
 """
 
 import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from schemas.hashing import hash64_column, mix, salted
+
+REPLICATES = 400
+OVERALL, WARM, COLD = "overall", "warm", "cold"
+Z_TWO_SIDED = 1.959964
+# Probabilities are binned by log-odds for the metrics that depend on their order, finely enough that ROC AUC is off by less than 1e-4.
+_LOGIT_END, _BINS = 16.0, 1024
+_ECE_BINS = 20
+_BLOCK = 4096
+_SHARED, _EACH = 2, 3  # columns of `Slice.sums`: impressions and clicks, then of each model log loss, predicted clicks, squared error
+Segment = tuple[str, str | None]  # a column and one of its values; overall, warm and cold have none
 
 
 @dataclasses.dataclass(frozen=True)
-class Sums:
-    """Mergeable sums over evaluated rows, from which every metric follows.
+class Slice:
+    """Mergeable sums over some evaluated rows.
 
     Attributes:
         rows: labelled rows.
-        clicks, impressions: their outcomes.
-        log_loss: sum over impressions of the log loss, in nats.
-        predicted: sum over impressions of the predicted probability.
+        sums: float64 (1 + replicates, 2 + 3 x models): impressions and clicks, then of each model the log loss in nats, the predicted
+            clicks and the squared error. The first row has the sums themselves, each other one those of a bootstrap replicate.
+        bins: float64 (models, 3, bins): impressions, clicks and predicted clicks by the model's log-odds.
     """
 
-    rows: int = 0
-    clicks: float = 0.0
-    impressions: float = 0.0
-    log_loss: float = 0.0
-    predicted: float = 0.0
+    rows: int
+    sums: np.ndarray
+    bins: np.ndarray
 
-    def __add__(self, other: "Sums") -> "Sums":
-        return Sums(*(mine + theirs for mine, theirs in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+    def __add__(self, other: "Slice") -> "Slice":
+        return Slice(self.rows + other.rows, self.sums + other.sums, self.bins + other.bins)
 
-    @classmethod
-    def of(cls, clicks: np.ndarray, impressions: np.ndarray, probability: np.ndarray) -> "Sums":
-        """Sums of labelled rows; arrays of shape (rows,), probabilities inside (0, 1)."""
-        clicks, impressions = clicks.astype(np.float64), impressions.astype(np.float64)
-        loss = -(clicks * np.log(probability) + (impressions - clicks) * np.log1p(-probability))
-        return cls(len(clicks), float(clicks.sum()), float(impressions.sum()), float(loss.sum()), float((impressions * probability).sum()))
+    @property
+    def impressions(self) -> float:
+        return float(self.sums[0, 0])
 
-    def metrics(self) -> dict[str, float | int | None]:
-        """Log loss, normalized entropy (He et al. 2014) and calibration (predicted over actual clicks); None where undefined."""
-        rate = self.clicks / self.impressions if self.impressions else 0.0
-        loss = self.log_loss / self.impressions if self.impressions else None
-        entropy = -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate)) if 0 < rate < 1 else None
-        return {
-            "rows": self.rows,
-            "clicks": self.clicks,
-            "impressions": self.impressions,
-            "log_loss": loss,
-            "normalized_entropy": loss / entropy if entropy and loss is not None else None,
-            "calibration": self.predicted / self.clicks if self.clicks else None,
-        }
+    @property
+    def clicks(self) -> float:
+        return float(self.sums[0, 1])
+
+    def loss(self, model: int) -> np.ndarray:
+        """Log loss, summed over impressions, of the rows and of each replicate: shape (1 + replicates,)."""
+        return self.sums[:, _SHARED + _EACH * model]
+
+    def predicted(self, model: int) -> np.ndarray:
+        """Predicted clicks of the rows and of each replicate: shape (1 + replicates,)."""
+        return self.sums[:, _SHARED + _EACH * model + 1]
+
+    def metrics(self, model: int) -> dict[str, float | int | None]:
+        """Metrics of one model by the names of the quality table; None where undefined."""
+        impressions, clicks = self.sums[:, 0], self.sums[:, 1]
+        entropy = impressions * _entropy(clicks, impressions)
+        shown = self.impressions or math.nan
+        out = {"log_loss": _number(self.loss(model)[0] / shown)}
+        out |= _with_interval("normalized_entropy", self.loss(model), entropy)
+        out |= _with_interval("calibration", self.predicted(model), clicks)
+        by_order = _by_order(self.bins[model]) if 0 < self.clicks < self.impressions else dict.fromkeys(("roc_auc", "pr_auc"))
+        brier = _number(self.sums[0, _SHARED + _EACH * model + 2] / shown)
+        ece = _calibration_error(self.bins[model]) if self.impressions else None
+        return {"rows": self.rows, "impressions": self.impressions, "clicks": self.clicks, **out, "ece": ece, **by_order, "brier": brier}
 
 
-def verdict(candidate: Sums, champion: Sums | None, base_rate: Sums) -> dict[str, Any]:
-    """Whether the candidate is promoted, judged by log loss against the champion's on the same rows, or the base rate's for a first model.
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Models judged on the same rows.
 
-    A first model that is no better than the base rate is published all the same, flagged, since every ad must get a score.
-
-    Returns:
-        `promoted`, `flagged`, and `why` in one sentence with the numbers.
+    Attributes:
+        models: names, in the order of the sums.
+        slices: overall, warm, cold and the segments; absent where there is no row.
     """
-    peer, name = (champion, "the champion's") if champion else (base_rate, "the base rate's")
-    if not candidate.impressions:
-        promoted, why = champion is None, "there is no labelled gate row to judge by"
-    else:
-        loss, reference = candidate.log_loss / candidate.impressions, peer.log_loss / peer.impressions
-        promoted = loss <= reference
-        why = f"log loss {loss:.5f} against {name} {reference:.5f} on {candidate.rows:,} gate rows with {candidate.clicks:,.0f} clicks"
-    flagged = champion is None and not (promoted and candidate.impressions > 0)
-    return {"promoted": promoted or champion is None, "flagged": flagged, "why": why}
+
+    models: tuple[str, ...]
+    slices: Mapping[Segment, Slice]
+
+    @property
+    def overall(self) -> Slice:
+        return self.slices.get((OVERALL, None)) or _nothing(len(self.models))
+
+    @property
+    def segments(self) -> dict[Segment, Slice]:
+        """The slices by a column of the contract."""
+        return {segment: found for segment, found in self.slices.items() if segment[1] is not None}
+
+
+def merged(evaluations: Iterable[Evaluation]) -> Evaluation:
+    """The evaluation of all their rows; sums of floats depend on the order that they are given in, in their last digits."""
+    models: tuple[str, ...] = ()
+    slices: dict[Segment, Slice] = {}
+    for evaluation in evaluations:
+        models = evaluation.models
+        for segment, found in evaluation.slices.items():
+            slices[segment] = slices[segment] + found if segment in slices else found
+    return Evaluation(models, slices)
+
+
+def evaluate(
+    clicks: np.ndarray,
+    impressions: np.ndarray,
+    predictions: Mapping[str, np.ndarray],
+    clusters: np.ndarray,
+    slices: Mapping[Segment, np.ndarray],
+    replicates: int = REPLICATES,
+) -> Evaluation:
+    """Judge models on labelled rows.
+
+    Args:
+        clicks, impressions: shape (rows,).
+        predictions: probabilities inside (0, 1) by model, shape (rows,).
+        clusters: uint64 (rows,), the same in rows that are drawn together.
+        slices: the row numbers of each slice but the one of all rows; none is empty.
+        replicates: of the bootstrap, a multiple of 4; 0 for none.
+    """
+    rows, models = len(clicks), len(predictions)
+    clicks, impressions = clicks.astype(np.float64), impressions.astype(np.float64)
+    columns, places = [impressions, clicks], []
+    for p in predictions.values():
+        log_p, log_not = np.log(p), np.log1p(-p)
+        columns += [(clicks - impressions) * log_not - clicks * log_p, impressions * p, clicks * (1 - 2 * p) + impressions * p * p]
+        place = ((log_p - log_not + _LOGIT_END) * (_BINS / (2 * _LOGIT_END))).astype(np.int64)
+        places.append(place.clip(0, _BINS - 1))
+    values = np.stack(columns, axis=1)
+    chosen: dict[Segment, np.ndarray] = {(OVERALL, None): np.arange(rows), **slices} if rows else {}
+    sums = {segment: np.zeros((1 + replicates, values.shape[1])) for segment in chosen}
+    for segment, where in chosen.items():
+        sums[segment][0] = values[where].sum(axis=0)
+    if replicates and chosen:
+        _replicate(values, clusters, chosen, sums)
+    out = {}
+    for segment, where in chosen.items():
+        bins = np.empty((models, 3, _BINS))
+        for model, place in enumerate(places):
+            for i, column in enumerate((0, 1, _SHARED + _EACH * model + 1)):
+                bins[model, i] = np.bincount(place[where], values[where, column], _BINS)
+        out[segment] = Slice(len(where), sums[segment], bins)
+    return Evaluation(tuple(predictions), out)
+
+
+def clusters_of(batch: pa.RecordBatch) -> np.ndarray:
+    """The cluster of each joined row, uint64 (rows,): its creative, or its key where it has none."""
+    return hash64_column(pc.coalesce(batch["creative"], batch["key"]), salted("bootstrap"))
+
+
+def _replicate(values: np.ndarray, clusters: np.ndarray, chosen: Mapping[Segment, np.ndarray], sums: Mapping[Segment, np.ndarray]) -> None:
+    """Add the sums of all replicates to `sums`, a block of clusters at a time."""
+    known, cluster = np.unique(clusters, return_inverse=True)
+    totals = {}
+    for segment, where in chosen.items():
+        # Rows of one cluster have one weight, so they are summed before anything is weighted.
+        present, inverse = np.unique(cluster[where], return_inverse=True)
+        summed = [np.bincount(inverse, values[where, column], len(present)) for column in range(values.shape[1])]
+        totals[segment] = present, np.stack(summed, axis=1)
+    for start in range(0, len(known), _BLOCK):
+        weights = _weights(known[start : start + _BLOCK], len(next(iter(sums.values()))) - 1)
+        for segment, (present, total) in totals.items():
+            first, last = np.searchsorted(present, (start, start + _BLOCK))
+            sums[segment][1:] += weights[present[first:last] - start].T @ total[first:last]
+
+
+def _weights(clusters: np.ndarray, replicates: int) -> np.ndarray:
+    """Poisson(1) weights by cluster and replicate, float64 (clusters, replicates): a function of both alone."""
+    # One hash of 64 bits is four weights.
+    streams = mix(np.arange(1, replicates // 4 + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    return _poisson_table()[mix(clusters[:, None] ^ streams).astype("<u8").view("<u2")]
+
+
+@functools.cache
+def _poisson_table() -> np.ndarray:
+    """The Poisson(1) quantile of each 16-bit number."""
+    probability = np.array([math.exp(-1) / math.factorial(count) for count in range(9)])
+    return np.searchsorted(np.cumsum(probability)[:-1], (np.arange(1 << 16) + 0.5) / (1 << 16)).astype(np.float64)
+
+
+def _entropy(clicks: np.ndarray, impressions: np.ndarray) -> np.ndarray:
+    """Entropy of the click rate in nats; NaN where there is none."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rate = clicks / impressions
+        entropy = -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))
+    return np.where(entropy > 0, entropy, math.nan)
+
+
+def log_ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, float]:
+    """Logarithm of a ratio of sums and its bootstrap standard error; arrays of shape (1 + replicates,), the sums themselves first.
+
+    NaN where it is undefined, the error also where it is so in some replicate: too little is there to tell.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.log(above) - np.log(below)
+    known = len(ratios) > 1 and np.isfinite(ratios).all()
+    return float(ratios[0]), float(np.std(ratios[1:], ddof=1)) if known else math.nan
+
+
+def _with_interval(name: str, above: np.ndarray, below: np.ndarray) -> dict[str, float | None]:
+    """A ratio with its 95 % interval."""
+    ratio, error = log_ratio(above, below)
+    ends = {"_low": -Z_TWO_SIDED, "_high": Z_TWO_SIDED}
+    return {name: _number(math.exp(ratio)), **{name + end: _number(math.exp(ratio + z * error)) for end, z in ends.items()}}
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _calibration_error(bins: np.ndarray) -> float:
+    """Expected calibration error on bins of equal impressions, each cut at the fine bin that is nearest."""
+    shown = np.cumsum(bins[0])
+    cuts = np.searchsorted(shown, np.arange(1, _ECE_BINS) / _ECE_BINS * shown[-1])
+    difference = np.concatenate([[0], np.cumsum(bins[2] - bins[1])])
+    return float(np.abs(np.diff(difference[np.concatenate([[0], np.unique(cuts + 1), [len(shown)]])])).sum() / shown[-1])
+
+
+def _by_order(bins: np.ndarray) -> dict[str, float | None]:
+    """Areas under the ROC curve, ties counted half, and under the precision-recall curve (Davis and Goadrich 2006)."""
+    positives, negatives = bins[1][::-1], (bins[0] - bins[1])[::-1]
+    hits, misses = np.cumsum(positives), np.cumsum(negatives)
+    roc_auc = np.sum(positives * (misses[-1] - misses + negatives / 2)) / (hits[-1] * misses[-1])
+    # Between two cuts, false positives grow in proportion to true ones.
+    there = positives > 0
+    hits, misses, positives, negatives = hits[there], misses[there], positives[there], negatives[there]
+    slope, above = 1 + negatives / positives, hits + misses
+    before = above - positives - negatives
+    rest = before - slope * (hits - positives)
+    area = (positives - rest / slope * np.log(above / np.where(before > 0, before, above))) / slope
+    return {"roc_auc": float(roc_auc), "pr_auc": float(area.sum() / hits[-1])}
+
+
+def _nothing(models: int) -> Slice:
+    return Slice(0, np.zeros((1, _SHARED + _EACH * models)), np.zeros((models, 3, _BINS)))
+
+
+def quality(evaluation: Evaluation, columns: Mapping[str, Any], versions: Mapping[str, str | None], schema: pa.Schema) -> pa.RecordBatch:
+    """The evaluation as rows of the quality table.
+
+    Args:
+        columns: values that are the same in every row.
+        versions: the ranker of each model; None for what is no ranker.
+        schema: of the table.
+    """
+    rows: Sequence[dict[str, Any]] = [
+        {**columns, "model": name, "model_version": versions[name], "segment": segment, "value": value, **found.metrics(model)}
+        for model, name in enumerate(evaluation.models)
+        for (segment, value), found in evaluation.slices.items()
+    ]
+    return pa.RecordBatch.from_pylist(list(rows), schema=schema)

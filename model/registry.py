@@ -1,7 +1,9 @@
 """Models in the lake: saved whole under attempt-unique names, fetched by manifest, and never loaded with a byte changed."""
 
 import hashlib
+import importlib.metadata
 import pathlib
+import platform
 import tempfile
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 from schemas import lake
 from schemas.lake import Manifest, Receipt
 from schemas.storage import Storage, crc32c
+
+_PACKAGES = ("apache-beam", "keras", "numpy", "pyarrow", "tensorflow")
 
 
 class ModelError(ValueError):
@@ -25,6 +29,11 @@ def save(storage: Storage, kind: str, version: str, folder: pathlib.Path, info: 
         storage.upload(path, f"{attempt}/{unit}")
         receipts.append(Receipt(unit, f"{attempt}/{unit}", 0, {"bytes": len(data)}, crc32c(data)))
     return receipts, {**info, "kind": kind, "version": version, "digest": digest.hexdigest()}
+
+
+def packages() -> dict[str, str]:
+    """Versions of Python and of the packages that a model's weights depend on."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}}
 
 
 def manifest(storage: Storage, kind: str, version: str) -> Manifest:
@@ -62,19 +71,24 @@ def fetch(storage: Storage, kind: str, version: str, folder: pathlib.Path) -> Ma
 
 
 def load(storage: Storage, kind: str, version: str) -> Any:
-    """An `Encoder` or a `Ranker`, ready to run.
+    """An `Encoder` or a `Ranker`, ready to run; a ranker is held to its golden scores first.
 
     Raises:
-        ModelError: no such model, or its files are not those that were saved.
+        ModelError: no such model, its files are not those that were saved, or it scores otherwise here than where it was trained.
     """
-    from model import tensorflow
+    from model import golden, tensorflow
     from model.encoder import Encoder
     from model.ranker import Ranker
 
     tensorflow.load()
     with local_folder() as folder:
         fetch(storage, kind, version, pathlib.Path(folder))
-        return Encoder.load(folder) if kind == "encoder" else Ranker.load(folder)
+        if kind == "encoder":
+            return Encoder.load(folder)
+        ranker = Ranker.load(folder)
+        if wrong := golden.differences(ranker, pathlib.Path(folder)):
+            raise ModelError(f"ranker {version!r} is not what it was: {wrong}; the image or the driver is not what it was trained with")
+        return ranker
 
 
 def local_folder() -> "tempfile.TemporaryDirectory[str]":

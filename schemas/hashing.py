@@ -15,7 +15,7 @@ _MASK = (1 << 64) - 1
 _SEED = 0x9E3779B97F4A7C15
 
 
-def _mix(h: Any) -> Any:
+def mix(h: Any) -> Any:
     # Works on Python integers and on NumPy uint64 arrays alike; the masks only matter for the former.
     h = (h ^ (h >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
     h = (h ^ (h >> 27)) * 0x94D049BB133111EB & _MASK
@@ -31,8 +31,8 @@ def hash64(value: bytes, start: int = _SEED) -> int:
     """Hash of one value, 0 to 2⁶⁴ − 1; `start` comes from `salted`."""
     h = start
     for i in range(0, len(value), 8):
-        h = _mix(h ^ int.from_bytes(value[i : i + 8], "little"))
-    return int(_mix(h ^ len(value)))
+        h = mix(h ^ int.from_bytes(value[i : i + 8], "little"))
+    return int(mix(h ^ len(value)))
 
 
 def hash64_column(column: "pa.Array", start: int = _SEED) -> "np.ndarray":
@@ -61,9 +61,9 @@ def hash64_column(column: "pa.Array", start: int = _SEED) -> "np.ndarray":
         keep = np.minimum(lengths[active] - position, 8).astype(np.uint64)
         shift = (np.uint64(8) - keep) * np.uint64(8)
         word = (word << shift) >> shift
-        hashes[active] = _mix(hashes[active] ^ word)
+        hashes[active] = mix(hashes[active] ^ word)
         position += 8
-    return _mix(hashes ^ lengths.astype(np.uint64))
+    return mix(hashes ^ lengths.astype(np.uint64))
 
 
 def shard_of_column(column: "pa.Array", salt: str, shards: int) -> "np.ndarray":

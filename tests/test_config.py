@@ -60,6 +60,9 @@ def test_flags_alone_are_enough() -> None:
         ("lake: gs://bucket\ndataset: ads", "dataset is 'ads'; expected PROJECT.DATASET, such as my-project.ads"),
         ("lake: gs://bucket\ndataset: p.d.t", "dataset is 'p.d.t'; expected PROJECT.DATASET"),
         ("lake: gs://bucket\ndataset: 1.5", "dataset is 1.5; expected text"),
+        ("lake: ./a\nmin_gate_clicks: 0", "min_gate_clicks is 0; expected a whole number of at least 1"),
+        ("lake: ./a\nmax_ne_loss: 5 %", "max_ne_loss is '5 %'; expected a number from 0 to 1, such as 0.005"),
+        ("lake: ./a\nrequire_promotion: 1", "require_promotion is 1; expected true or false"),
         ("lake: ./a\ncsv_newlines_in_values: 1", "csv_newlines_in_values is 1; expected true or false"),
         ("lake: ./a\ncsv_encoding: latin-9000", "csv_encoding is 'latin-9000'; expected an encoding that Python knows, such as latin-1"),
         ("lake: ./a\ncsv_encoding: base64", "csv_encoding is 'base64'; expected an encoding"),
@@ -92,7 +95,14 @@ def test_a_close_name_is_suggested(name: str, expected: str) -> None:
 def test_only_settings_that_change_what_is_computed_make_another_run() -> None:
     plain = Config("./a")
     other = Config("gs://bucket", "p.d", "c.pbtxt", fetch_threads=99, bigquery_location="EU", max_bytes_billed=1)
-    expected = {"window_months": 3, "seed": 0, "csv_newlines_in_values": True, "csv_encoding": "utf-8"}
+    expected = {
+        "window_months": 3,
+        "seed": 0,
+        "max_ne_loss": 0.005,
+        "min_gate_clicks": 1000,
+        "csv_newlines_in_values": True,
+        "csv_encoding": "utf-8",
+    }
     assert plain.affecting_model() == other.affecting_model() == expected
     assert Config("./a", seed=1).affecting_model() != plain.affecting_model()
 

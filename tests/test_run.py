@@ -106,13 +106,16 @@ OTHER_SETTINGS = {
     "csv_encoding": "latin-1",
     "ingest_ready": "quiet 1s",
     "max_reject_share": 0.5,
+    "max_ne_loss": 0.01,
+    "require_promotion": True,
 }
 
 
 @pytest.mark.parametrize("name", OTHER_SETTINGS)
 def test_settings_that_affect_the_model_are_another_run(storage: Folder, name: str) -> None:
     changed = run_of(storage, **{name: OTHER_SETTINGS[name]}).id != run_of(storage).id
-    assert changed == (name in ("window_months", "seed", "csv_newlines_in_values", "csv_encoding"))
+    affecting = ("window_months", "seed", "csv_newlines_in_values", "csv_encoding", "max_ne_loss", "min_gate_clicks")
+    assert changed == (name in affecting)
 
 
 def test_another_contract_is_another_run(storage: Folder, tmp_path: pathlib.Path) -> None:

@@ -1,0 +1,125 @@
+"""The models of a lake for a person: list them, move the champion to one, and compare two on the same rows.
+
+adstocrat models --lake gs://bucket
+adstocrat promote 2026-09-0123456789abcdef --lake gs://bucket
+adstocrat compare 2026-09-0123456789abcdef 2026-10-0123456789abcdef --lake gs://bucket
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from beam_jobs.config import Config
+from beam_jobs.evaluate import count, judge, make_plan
+from beam_jobs.join import month_rows
+from beam_jobs.run import MonthRun, StageError
+from model import golden, registry
+from model.evaluation import Evaluation, merged
+from model.gate import Comparison
+from model.registry import ModelError
+from schemas import contract as contracts
+from schemas import lake
+from schemas.lake import Champion
+from schemas.storage import Storage
+
+
+def table(storage: Storage) -> str:
+    """All complete models as lines to read: what they were trained on and from, and what the gate said of the rankers."""
+    champion, _ = lake.read_pointer(storage, lake.CHAMPION, Champion)
+    lines = []
+    for kind in ("encoder", "ranker"):
+        versions = sorted({name.split("/")[2] for name in storage.names(f"models/{kind}/")})
+        for version in versions:
+            found = lake.read_manifest(storage, lake.model_folder(kind, version))
+            if found is None:
+                continue
+            training, parent = found.info["training"], found.info.get("parent")
+            told = f"{kind:<8} {version}  {training['mode']}, {training['rows']:,} rows, {training['clicks']:,.0f} clicks"
+            told += f", from {parent['ranker']}" if parent else ""
+            judged = lake.read_manifest(storage, f"{lake.model_folder(kind, version)}/evaluation")
+            if judged:
+                entropy = judged.info["metrics"].get("candidate", {}).get("normalized_entropy")
+                told += f"  {judged.info['status']}" + (f", normalized entropy {entropy:.5f}" if entropy else "")
+            lines.append(told + ("  champion" if champion and version == getattr(champion, kind) else ""))
+    return "\n".join(lines) or f"no model in {storage.uri}"
+
+
+def promote(storage: Storage, version: str) -> Champion:
+    """Make a kept ranker, with the encoder that it takes, the champion, so that the next run builds on it.
+
+    Raises:
+        ModelError: there is no such ranker, it is damaged, or of another contract than the champion.
+        StageError: the champion was moved meanwhile.
+    """
+    there, at = lake.read_pointer(storage, lake.CHAMPION, Champion)
+    made = registry.manifest(storage, "ranker", version)
+    if there:
+        contract = registry.manifest(storage, "ranker", there.ranker).info["contract"]
+        if made.info["contract"] != contract:
+            raise ModelError(f"ranker {version!r} is of contract {made.info['contract']}, the champion {there.ranker!r} of {contract}")
+    with registry.local_folder() as folder, registry.local_folder() as encoder:
+        registry.fetch(storage, "encoder", made.info["encoder"], pathlib.Path(encoder))
+        registry.fetch(storage, "ranker", version, pathlib.Path(folder))
+        if wrong := golden.check(pathlib.Path(folder)):
+            raise ModelError(f"ranker {version!r} does not do what it did when it was trained: {wrong}")
+    # The month stays that of the newest publication, which alone moves it on.
+    month, run = (there.month, there.run) if there else (made.info["month"], made.info["run"])
+    champion = Champion(made.info["encoder"], version, month, run)
+    if not storage.swap(lake.CHAMPION, at, json.dumps(dataclasses.asdict(champion), indent=1).encode()):
+        raise StageError(f"the champion was moved while {version!r} was looked at; see `adstocrat models` and promote again")
+    return champion
+
+
+def compare(storage: Storage, one: str, other: str) -> str:
+    """Two kept rankers on the gate rows of the newest labelled month that has the embeddings of both, as a table to read.
+
+    Raises:
+        ModelError: one of them is not there, is damaged, or they are of two contracts.
+        StageError: there is no such month.
+    """
+    made = {version: registry.manifest(storage, "ranker", version) for version in (one, other)}
+    found = {version: manifest.info["contract"] for version, manifest in made.items()}
+    if found[one] != found[other]:
+        raise ModelError(f"ranker {one!r} is of contract {found[one]}, {other!r} of {found[other]}; they cannot be compared")
+    pairs = {version: Champion(manifest.info["encoder"], version, "", "") for version, manifest in made.items()}
+    with registry.local_folder() as folder:
+        registry.fetch(storage, "ranker", one, pathlib.Path(folder))
+        contract = contracts.load(pathlib.Path(folder) / "contract.pbtxt")
+    for month in sorted({name.split("/")[1] for name in storage.names("publish/")}, reverse=True):
+        ids = [note.run for note in lake.publications(storage, month) if note.contract == contract.fingerprint]
+        folders = [lake.embeddings_folder(pair.encoder, month, ids[-1]) for pair in pairs.values()] if ids else []
+        if folders and all(lake.read_manifest(storage, folder) for folder in folders):
+            earlier = storage.read_json(f"{lake.run_folder(month, ids[-1])}/inputs.json")["window"]
+            window = tuple((earlier_month, id) for earlier_month, id in earlier)
+            run = MonthRun(storage, contract, Config(lake=storage.uri), month, ids[-1], window, None, None)
+            evaluation = _evaluate(run, pairs)
+            if evaluation.overall.rows:
+                return _side_by_side(evaluation, month, one, other)
+    raise StageError(f"no published month has labelled gate rows and the embeddings of both {one!r} and {other!r}")
+
+
+def _evaluate(run: MonthRun, pairs: dict[str, Champion]) -> Evaluation:
+    units = [(month, id, unit, 0) for month, id in run.window for unit in month_rows(run, month, id, None).units]
+    plan = dataclasses.replace(make_plan([count(unit, run) for unit in units], 1), months=(run.month,))
+    return merged(judged.evaluation for unit in units for _, judged in judge(unit, run, plan, pairs))
+
+
+def _side_by_side(evaluation: Evaluation, month: str, one: str, other: str) -> str:
+    models = [evaluation.models.index(one), evaluation.models.index(other)]
+    lines = [
+        f"gate rows of {month}: A is {one}, B is {other}",
+        f"{'':<28} {'clicks':>9} {'NE of A':>9} {'NE of B':>9} {'B to A':>8} {'at most':>8} {'calibration of A, B':>20}",
+    ]
+    for (segment, value), found in evaluation.slices.items():
+        a, b = (found.metrics(model) for model in models)
+        compared = Comparison.of(found, models[1], models[0], 0.0)
+        name = segment if value is None else f"{segment}={value}"
+        entropies = f"{_text(a['normalized_entropy'])} {_text(b['normalized_entropy'])}"
+        calibrations = f"{_text(a['calibration'], 10, 3)} {_text(b['calibration'], 9, 3)}"
+        lines.append(f"{name:<28} {found.clicks:>9,.0f} {entropies} {compared.difference:>+8.2%} {compared.upper:>+8.2%} {calibrations}")
+    return "\n".join(lines)
+
+
+def _text(number: Any, width: int = 9, digits: int = 5) -> str:
+    return f"{'-':>{width}}" if number is None else f"{number:>{width}.{digits}f}"
