@@ -30,8 +30,8 @@ class Counters:
     def request(self, route: int, status: int, began: int) -> None:
         """An answer with that status; `began` is what `time.perf_counter_ns` said when its request came."""
         slots, took = self.slots, time.perf_counter_ns() - began
-        first = HISTOGRAMS + route * OF_A_ROUTE
-        slots[first + min((took >> SHIFT).bit_length(), BUCKETS)] += 1
+        first, bucket = HISTOGRAMS + route * OF_A_ROUTE, (took >> SHIFT).bit_length()
+        slots[first + (bucket if bucket < BUCKETS else BUCKETS)] += 1
         slots[first + BUCKETS + 1] += took
         if status != 200:
             slots[2 + route * len(STATUSES) + STATUS[status]] += 1

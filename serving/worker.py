@@ -79,10 +79,14 @@ class Protocol(HttpToolsProtocol):
         if self._refused or self.transport.is_closing():
             return
         self._refused = True
+        self.config.loaded_app.counters.refused(status)
+        if self.pipeline or (self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete):
+            self.pipeline.clear()  # Another answer is on its way, and cannot be followed by this one.
+            self.transport.abort()
+            return
         body = problem_body(status, detail)
         head = b"content-type: application/problem+json\r\nconnection: close\r\ncontent-length: %d\r\n" % len(body)
-        if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
-            self.transport.write(b"".join((STATUS_LINE[status], headers, head, b"\r\n", body)))
+        self.transport.write(b"".join((STATUS_LINE[status], headers, head, b"\r\n", body)))
         if self.cycle is not None:
             self.cycle.disconnected = True  # What is still being answered has nobody to go to.
             self.cycle.message_event.set()
@@ -90,7 +94,6 @@ class Protocol(HttpToolsProtocol):
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.loop.call_later(REFUSED_SECONDS, self.transport.abort)
-        self.config.loaded_app.counters.refused(status)
 
     def check_time(self) -> None:
         """Called every second: refuse a client that for too long neither finishes a request nor takes an answer."""
@@ -118,7 +121,10 @@ async def work(service: Service, listener: socket.socket, control: socket.socket
 
     async def follow() -> None:
         while line := await reader.readline():
+            before = service.table
             writer.write(json.dumps(await _do(service, json.loads(line))).encode() + b"\n")
+            if service.table is not None and service.table is not before:
+                tasks[2:] = [asyncio.create_task(_populate(service.table))]
         server.should_exit = True
 
     async def tick() -> None:
@@ -150,6 +156,11 @@ async def _do(service: Service, message: dict[str, str]) -> dict[str, str]:
         return {"error": f"{type(error).__name__}: {error}"}
     assert service.table is not None
     return {"run": service.table.run}
+
+
+async def _populate(table: Table) -> None:
+    with table:
+        await asyncio.to_thread(table.populate)
 
 
 def main() -> None:
