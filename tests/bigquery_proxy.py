@@ -28,10 +28,21 @@ class Call:
     def text(self) -> str:
         return self.job.get("query", {}).get("query", "")
 
+    @property
+    def stage(self) -> str:
+        return self.job.get("labels", {}).get("adstocrat_stage", "")
+
     def writes(self, table: str) -> bool:
         """Whether the job changes rows of the table."""
         into = {**self.job.get("load", {}), **self.job.get("query", {})}.get("destinationTable", {}).get("tableId")
         return into == table or bool(re.search(_WRITES.format(table), self.text))
+
+
+Where = Callable[[list[Call], Call], bool]
+
+
+def nowhere(before: list[Call], call: Call) -> bool:
+    return False
 
 
 class BigQueryProxy(Proxy):
@@ -39,7 +50,7 @@ class BigQueryProxy(Proxy):
 
     Attributes:
         calls: all so far.
-        fault, at: what is done to which call, counted from 0 when they are set.
+        fault, where: what is done to the first call for which that holds, given those before it.
         kill: ends the command.
     """
 
@@ -50,12 +61,12 @@ class BigQueryProxy(Proxy):
         self.failed: dict[str, Any] = {}
         self.turn = threading.Lock()
         self.kill: Callable[[], None] = lambda: None
-        self.fault, self.at = "", -1
+        self.fault, self.where = "", nowhere
 
-    def will(self, fault: str, at: int) -> None:
-        """Break that call from now on, and forget those so far."""
+    def will(self, fault: str, where: "Where") -> None:
+        """Break a call from now on, and forget those so far."""
         assert fault in FAULTS
-        self.fault, self.at, self.calls = fault, at, []
+        self.fault, self.where, self.calls = fault, where, []
 
     def changed(self, table: str) -> list[Call]:
         return [call for call in self.calls if call.done and call.writes(table)]
@@ -77,9 +88,11 @@ class _Handler(Handler):
         job = sent.get("configuration", {}) if self.path.partition("?")[0].endswith("/jobs") else {}
         id = sent["jobReference"]["jobId"] if job else self.path.partition("?")[0].rpartition("/")[2]
         with proxy.turn:
-            broken = proxy.fault if len(proxy.calls) == proxy.at else ""
+            call = Call(self.command, self.path, job, False)
+            broken = proxy.fault if proxy.fault and proxy.where(proxy.calls, call) else ""
+            proxy.fault = "" if broken else proxy.fault
             done = broken not in ("503", "409", "aborted", "killed before") and not (job and id in proxy.used)
-            proxy.calls.append(Call(self.command, self.path, job, done))
+            proxy.calls.append(dataclasses.replace(call, done=done))
             if job and (done or broken == "aborted"):
                 proxy.used.add(id)
         if broken == "killed before":

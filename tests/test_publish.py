@@ -20,7 +20,7 @@ from unittest import mock
 
 import pyarrow as pa
 import pytest
-from bigquery_proxy import BigQueryProxy, Call
+from bigquery_proxy import BigQueryProxy, Where
 from proxy import running
 from whole_runs import CONTRACT, DEVICES, Months, months_in
 
@@ -242,63 +242,57 @@ def test_a_column_that_is_there_with_another_type_is_refused(place: Months, prox
 # --- Faults ---
 
 
-class Faults:
-    """Publishes the two runs of October in turns, each over the other, with a call broken."""
-
-    def __init__(self, place: Months, proxy: BigQueryProxy):
-        self.place, self.proxy = place, proxy
-        self.runs = run_ids(place, OCTOBER)
-
-    def calls(self) -> list[Call]:
-        """Those of a publication without a fault."""
-        self.next_version()
-        self.proxy.calls = []
-        assert command(self.place, "publish", OCTOBER) == 0
-        return list(self.proxy.calls)
-
-    def next_version(self) -> tuple[str, str]:
-        """Deliver the run that is not published: (the one that is, it)."""
-        (old,) = published(self.place, OCTOBER)
-        new = self.place.deliver(OCTOBER, "2" if old == self.runs[0] else "1").id
-        assert {old, new} == set(self.runs)
-        return old, new
-
-    def check(self, fault: str, at: int) -> None:
-        old, new = self.next_version()
-        self.proxy.will(fault, at)
-        if fault.startswith("killed"):
-            with subprocess.Popen([sys.executable, "-m", "beam_jobs.cli", "publish", OCTOBER, *self.place.flags]) as process:
-                self.proxy.kill = process.kill
-                assert process.wait() == -signal.SIGKILL
-        else:
-            command(self.place, "publish", OCTOBER)
-        seen = len(self.proxy.calls)
-        assert seen > at
-        assert published(self.place, OCTOBER) in ({old}, {new})
-        del self.proxy.calls[seen:]
-        assert command(self.place, "publish", OCTOBER) == 0
-        self.proxy.check_one_job()
-        assert published(self.place, OCTOBER) == {new}
-        assert command(self.place, "status") == 0
+# Which call of a publication is broken.
+CALLS: dict[str, Where] = {
+    "first": lambda before, call: True,
+    "first job": lambda before, call: bool(call.job),
+    "load": lambda before, call: call.stage == "load",
+    "second load": lambda before, call: call.stage == "load" and any(earlier.stage == "load" for earlier in before),
+    "audit": lambda before, call: call.stage == "audit",
+    "transaction": lambda before, call: call.writes("scores"),
+    "its result": lambda before, call: call.method == "GET" and "-publish-" in call.path,
+    "count after it": lambda before, call: call.stage == "count" and any(earlier.writes("scores") for earlier in before),
+}
+CASES = (
+    [
+        *((fault, where) for fault in ("503", "409", "lost") for where in CALLS if where not in ("first job", "second load")),
+        *(("aborted", where) for where in CALLS if where not in ("first", "its result")),
+        *(("killed before", where) for where in ("first", "audit", "count after it")),
+        *(("killed behind", where) for where in ("load", "transaction", "its result")),
+    ]
+    if LONG
+    else [("lost", "transaction"), ("aborted", "transaction"), ("killed behind", "transaction")]
+)
 
 
-def test_whatever_becomes_of_a_call_the_month_is_one_run_s_and_the_next_try_completes(place: Months, proxy: BigQueryProxy) -> None:
-    faults = Faults(place, proxy)
-    calls = faults.calls()
-    jobs = [at for at, call in enumerate(calls) if call.job]
-    (transaction,) = (at for at in jobs if calls[at].writes("scores"))
-    load, audit = (next(at for at in jobs if calls[at].job["labels"]["adstocrat_stage"] == stage) for stage in ("load", "audit"))
-    if not LONG:
-        cases = [("lost", transaction), ("aborted", transaction), ("killed behind", transaction)]
+def next_version(place: Months) -> tuple[str, str]:
+    """Deliver that run of October that is not published: (the one that is, it)."""
+    runs = run_ids(place, OCTOBER)
+    (old,) = published(place, OCTOBER)
+    new = place.deliver(OCTOBER, "2" if old == runs[0] else "1").id
+    assert {old, new} == set(runs)
+    return old, new
+
+
+@pytest.mark.parametrize(("fault", "where"), CASES)
+def test_whatever_becomes_of_a_call_the_next_try_completes(place: Months, proxy: BigQueryProxy, fault: str, where: str) -> None:
+    """The two runs of October replace each other in turns."""
+    old, new = next_version(place)
+    proxy.will(fault, CALLS[where])
+    if fault.startswith("killed"):
+        with subprocess.Popen([sys.executable, "-m", "beam_jobs.cli", "publish", OCTOBER, *place.flags]) as process:
+            proxy.kill = process.kill
+            assert process.wait() == -signal.SIGKILL
     else:
-        places = [0, load, audit, transaction, transaction + 1, len(calls) - 1]
-        cases = [(fault, at) for fault in ("503", "409", "lost") for at in places]
-        cases += [("aborted", at) for at in (*jobs[:3], audit, transaction, jobs[-1])]
-        cases += [("killed before" if at == audit else "killed behind", at) for at in places]
-        assert len(cases) == 30
-    for fault, at in cases:
-        print(f"{fault} at call {at} of {len(calls)}: {calls[at].method} {calls[at].path.rpartition('/')[2][:60]}")
-        faults.check(fault, at)
+        command(place, "publish", OCTOBER)
+    assert not proxy.fault, "no call was broken"
+    calls = list(proxy.calls)
+    assert published(place, OCTOBER) in ({old}, {new})
+    proxy.calls = calls
+    assert command(place, "publish", OCTOBER) == 0
+    proxy.check_one_job()
+    assert published(place, OCTOBER) == {new}
+    assert command(place, "status") == 0
 
 
 def test_two_jobs_instead_of_one_are_noticed(place: Months, proxy: BigQueryProxy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,16 +305,14 @@ def test_two_jobs_instead_of_one_are_noticed(place: Months, proxy: BigQueryProxy
         query(self, "\n".join((begin, delete, others[-1])), stage, act)
         return query(self, "\n".join((begin, *others)), "publish-rest", act)
 
-    faults = Faults(place, proxy)
-    faults.next_version()
+    _, new = next_version(place)
     with monkeypatch.context() as patched:
         patched.setattr(Jobs, "query", in_two)
         proxy.calls = []
         assert command(place, "publish", OCTOBER) == 0
     with pytest.raises(AssertionError, match="scores was changed in 2 jobs"):
         proxy.check_one_job()
-    if published(place, OCTOBER) != {faults.runs[1]}:
-        place.deliver(OCTOBER, "2")
+    if new != place.deliver(OCTOBER, "2").id:
         assert command(place, "publish", OCTOBER) == 0
 
 
