@@ -274,9 +274,12 @@ def pair_shards(left: beam.PCollection, right: beam.PCollection) -> beam.PCollec
     )
 
 
-def read_table(storage: Storage, units: Iterable[Unit], schema: pa.Schema) -> pa.Table:
-    """All rows of some units: for the small side of a join, and for shards that are cut small."""
-    return pa.Table.from_batches([batch for unit in units for batch in read_unit(storage, unit)], schema)
+def read_table(
+    storage: Storage, units: Iterable[Unit], schema: pa.Schema, keep: Callable[[pa.RecordBatch], pa.Array] = lambda batch: None
+) -> pa.Table:
+    """All rows of some units, or those alone that `keep` is true of: for the small side of a join, and for shards that are cut small."""
+    batches = (batch for unit in units for batch in read_unit(storage, unit))
+    return pa.Table.from_batches([batch if (kept := keep(batch)) is None else batch.filter(kept) for batch in batches], schema)
 
 
 class WriteUnits(beam.DoFn):
