@@ -274,9 +274,15 @@ def pair_shards(left: beam.PCollection, right: beam.PCollection) -> beam.PCollec
     )
 
 
-def read_table(storage: Storage, units: Iterable[Unit], schema: pa.Schema | None = None) -> pa.Table:
-    """All rows of some units: for the small side of a join, and for shards that are cut small. Without units it needs a schema."""
-    return pa.Table.from_batches([batch for unit in units for batch in read_unit(storage, unit)], schema)
+def read_table(
+    storage: Storage, units: Iterable[Unit], schema: pa.Schema | None = None, keep: Callable[[pa.RecordBatch], pa.Array] | None = None
+) -> pa.Table:
+    """All rows of some units, or those alone that `keep` is true of: for the small side of a join, and for shards that are cut small.
+
+    Without units it needs a schema.
+    """
+    batches = (batch for unit in units for batch in read_unit(storage, unit))
+    return pa.Table.from_batches([batch.filter(keep(batch)) if keep else batch for batch in batches], schema)
 
 
 class WriteUnits(beam.DoFn):

@@ -109,17 +109,24 @@ def _joined(table: Any, *names: str) -> Any:
     return pc.binary_join_element_wise(*(table[name].cast(pa.string()) for name in names), "\0")
 
 
+def _listed_and_looked(pair: ShardPair, storage: Storage) -> tuple[pa.Table, pa.Table]:
+    """A unit's listing, and of all that was ever looked at what has the size and checksum of one of it."""
+    listing = read_table(storage, pair.left, LISTING)
+    contents = pc.unique(_joined(listing, "size", "crc32c"))
+    return listing, read_table(storage, pair.right, FILES, lambda batch: pc.is_in(_joined(batch, "size", "crc32c"), contents))
+
+
 def write_pack(pair: ShardPair, run: MonthRun, units: int) -> Receipt:
     """Look at a unit's new images and write them as a pack."""
     started = time.monotonic()
-    listing, looked = read_table(run.storage, pair.left, LISTING), read_table(run.storage, pair.right, FILES)
+    listing, looked = _listed_and_looked(pair, run.storage)
     # An image that was gone when it was to be looked at was not looked at: it may be delivered again.
     known = looked.filter(looked["creative"].is_valid())
     counts = Counter[str]()
     seen = pc.is_in(_joined(listing, *LISTING.names), _joined(known, *LISTING.names).combine_chunks())
     new = listing.filter(pc.invert(seen)).sort_by([("size", "ascending"), ("crc32c", "ascending"), ("image", "ascending")])
     contents: dict[tuple[int, str], dict[str, str]] = {}
-    for row in known.select(["size", "crc32c", "creative", "image_status"]).to_pylist():
+    for row in known.group_by(["size", "crc32c", "creative", "image_status"]).aggregate([]).to_pylist():
         contents.setdefault((row["size"], row["crc32c"]), {})[row["creative"]] = row["image_status"]
     groups = [list(group) for _, group in itertools.groupby(new.to_pylist(), key=lambda row: (row["size"], row["crc32c"]))]
     with ThreadPoolExecutor(run.config.fetch_threads) as pool:
@@ -165,8 +172,9 @@ def _batches(rows: list[dict[str, Any]]) -> Iterable[pa.RecordBatch]:
 
 def write_index(pair: ShardPair, storage: Storage, folder: str) -> Receipt:
     """The creative and status of every image name of a shard, sorted by name."""
+    listing, looked = _listed_and_looked(pair, storage)
     # By creative, nulls last: the first that is found of a name is one that was there, if ever it was.
-    listing, looked = read_table(storage, pair.left, LISTING), read_table(storage, pair.right, FILES).sort_by("creative")
+    looked = looked.sort_by("creative")
     where = pc.index_in(_joined(listing, *LISTING.names), _joined(looked, *LISTING.names).combine_chunks())
     found = looked.select(["creative", "image_status"]).take(where)
     usable = pc.is_in(found["image_status"], pa.array(images.USABLE))

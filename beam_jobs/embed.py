@@ -156,12 +156,14 @@ def _shard_column(batch: pa.RecordBatch) -> np.ndarray:
 
 def find_embeddings(storage: Storage, pair: ShardPair) -> Iterator[pa.RecordBatch]:
     """Wanted creatives (left) with their embeddings (right)."""
-    embedded = read_table(storage, pair.right, _EMBEDDED).combine_chunks()
+    wanted = read_table(storage, pair.left, _WANTED)
+    # All that was ever embedded passes by, and what this month wants of it is held.
+    names = pc.unique(wanted["creative"])
+    embedded = read_table(storage, pair.right, _EMBEDDED, lambda batch: pc.is_in(batch["creative"], names)).combine_chunks()
     creatives, matrix = embedded["creative"].combine_chunks(), embedded["embedding"].combine_chunks()
-    for unit in pair.left:
-        for wanted in read_unit(storage, unit):
-            found = matrix.take(pc.index_in(wanted["creative"], creatives))
-            yield pa.RecordBatch.from_arrays([*wanted.columns, found], ["creative", "shard", "embedding"])
+    for batch in wanted.to_batches():
+        found = matrix.take(pc.index_in(batch["creative"], creatives))
+        yield pa.RecordBatch.from_arrays([*batch.columns, found], ["creative", "shard", "embedding"])
 
 
 def write_embeddings(unit: Unit, storage: Storage, folder: str) -> Receipt:
