@@ -80,6 +80,8 @@ def dataflow_pipeline(define: Define, options: PipelineOptions, run: MonthRun, s
     # A template's launcher gives the name; all others are known by theirs.
     if not cloud.template_location:
         cloud.job_name = job_name(run, step)
+    # With cloudpickle, Beam pickles the launcher's main module for Dataflow unless it is told not to.
+    options.view_as(SetupOptions).save_main_session = False
     cloud.labels = [*(cloud.labels or []), f"month={run.month}", f"run={run.id}", f"step={step}", f"launch={run.launch}"]
     pipeline = beam.Pipeline(runner=runner, options=options)
     define(pipeline)

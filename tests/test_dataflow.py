@@ -234,7 +234,7 @@ def test_a_stage_is_a_job_that_is_submitted_and_accounted_for(storage: Storage, 
     assert (pool["machineType"], pool["diskSizeGb"], pool["autoscalingSettings"]["maxNumWorkers"]) == ("n2-standard-8", 64, 64)
     assert {image["containerImage"] for image in pool["sdkHarnessContainerImages"]} == {IMAGE}
     assert "use_multiple_sdk_containers" in environment["experiments"]
-    assert not environment["sdkPipelineOptions"]["options"].get("save_main_session")
+    assert environment["sdkPipelineOptions"]["options"]["save_main_session"] is False
     assert len(json.dumps(job)) < 50_000 and len(graph(job).SerializeToString()) < 150_000
     (note,) = (storage.read_json(name) for name in storage.names(f"{run.folder}/used/"))
     assert note.pop("seconds") > 0
