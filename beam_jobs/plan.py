@@ -21,10 +21,10 @@ from schemas.hashing import hash64_column
 from schemas.parquet import read_columns
 
 # Units a second: of one vCPU, and of one worker with a GPU. docs/scale.md says which of them are measured and which assumed.
-RATES = {"ingest": 100_000, "evaluate": 100_000, "score": 75_000, "lookup": 75_000}
-IMAGES, IMAGE_BYTES, NAMES = 1_000, 73_000_000, 500_000
+RATES = {"ingest": 100_000, "evaluate": 100_000, "score": 100_000, "lookup": 75_000}
+IMAGES, IMAGE_BYTES, NAMES = 1_000, 50_000_000, 500_000
 GPU_RATES = {"encoder": 20_000, "embed": 30_000, "train": 250_000}
-EPOCHS = {"encoder": 16, "embed": 1, "train": 2}
+EPOCHS = {"encoder": 16, "embed": 1, "train": 7}
 # Of one vCPU, and of the machine of a GPU.
 _VCPU_GB, _VCPU_DISK_GB, _GPU_VCPUS = 4, 8, 4
 # Bytes of a row and of an image's name as batches hold them, and of a section's address in the shuffle.
@@ -113,12 +113,11 @@ def work(month: Delivery) -> list[Work]:
     def on_gpu(stage: str, units: int, what: str, reads: int) -> Work:
         return Work(stage, units, what, 0, units * EPOCHS[stage] / GPU_RATES[stage] / 3600, reads, 10)
 
-    fetched = month.new_images + 2 * (named + indexed)
+    fetched, pages = month.new_images + 2 * (named + indexed), -(-month.images // 1000)
+    addresses = 2 * (named + indexed) * _ADDRESS_BYTES
     return [
         by_rows("ingest", 2 * spilled, shards, 2 * shards),
-        Work(
-            "creatives", month.new_images, "new images", looking / 3600, 0, fetched, units + shards, 2 * (named + indexed) * _ADDRESS_BYTES
-        ),
+        Work("creatives", month.new_images, "new images", looking / 3600, 0, fetched, pages + units + shards, addresses),
         on_gpu("encoder", month.to_embed, "creatives", EPOCHS["encoder"] * units),
         on_gpu("embed", month.to_embed, "creatives", units + 3 * indexed),
         on_gpu("train", month.window_rows, "rows of the window", EPOCHS["train"] * 3 * shards),
