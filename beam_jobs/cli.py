@@ -147,6 +147,7 @@ def _parser() -> tuple[_Parser, Any]:
     behind = "Beam's own flags, the runner too, follow --."
     month = commands.add_parser("month", help="run a month, all stages in order", epilog=behind)
     _add_run_flags(month, _month)
+    month.add_argument("--plan", action="store_true", help="tell what it will take and cost, and run nothing")
     for stage in _STAGES:
         _add_run_flags(commands.add_parser(stage, help=f"run the stage {stage} of a month alone", epilog=behind), _stage)
     commands.choices["evaluate"].add_argument(
@@ -254,9 +255,15 @@ def _prepared(arguments: argparse.Namespace, flags: list[str]) -> Any:
 
 
 def _month(arguments: argparse.Namespace, flags: list[str]) -> None:
+    run = _prepared(arguments, flags)
+    if arguments.plan:
+        from beam_jobs.plan import show
+
+        print(show(run))
+        return
     from beam_jobs.month import run_month
 
-    run_month(_prepared(arguments, flags), flags)
+    run_month(run, flags)
 
 
 def _stage(arguments: argparse.Namespace, flags: list[str]) -> None:
@@ -271,7 +278,7 @@ def _stage(arguments: argparse.Namespace, flags: list[str]) -> None:
     run = _prepared(arguments, flags)
     run_stage(next(stage for stage in STAGES if stage.name == arguments.command), run, flags)
     if folder:
-        run_pipeline(lambda root: tfma.define_pipeline(root, run, folder), flags, run, "evaluate-tfma")
+        run_pipeline(lambda root: tfma.define_pipeline(root, run, folder), flags)
 
 
 def _rollback(arguments: argparse.Namespace, _: list[str]) -> None:

@@ -13,7 +13,7 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -43,8 +43,9 @@ from schemas.storage import Storage
 
 log = logging.getLogger("adstocrat")
 
-# Few enough that a unit's thumbnails fit in memory many times over, enough to keep its threads busy.
-IMAGES_PER_UNIT = 1000
+# A pack of that many new images is 130 MB. It is written as it is made, so memory does not grow with it.
+IMAGES_PER_UNIT = 16_384
+_PACK_ROWS = 1024
 FILES = pa.schema([*LISTING, ("creative", pa.string()), ("image_status", pa.string())])
 PACK = pa.schema([*FILES, ("thumbnail", pa.binary(images.THUMBNAIL_BYTES))])
 
@@ -131,15 +132,10 @@ def write_pack(pair: ShardPair, run: MonthRun, units: int) -> Receipt:
     groups = [list(group) for _, group in itertools.groupby(new.to_pylist(), key=lambda row: (row["size"], row["crc32c"]))]
     with ThreadPoolExecutor(run.config.fetch_threads) as pool:
         looks = pool.map(lambda group: _look_at(run, group, contents.get((group[0]["size"], group[0]["crc32c"]), {})), groups)
-        rows = [row for rows in looks for row in rows]
-    for row in rows:
-        fetched = row["image_status"] != images.MISSING
-        counts["fetched"] += fetched
-        counts["bytes"] += row["size"] * fetched
-        counts["decoded"] += row["thumbnail"] is not None
-    receipt = write_parquet(run.storage, run.stage("creatives") + "/packs", f"pack/{pair.shard:05d}", _batches(rows), counts)
-    if rows:
-        log.info("  creatives: unit %d of %d, %d images in %.1f s", pair.shard + 1, units, len(rows), time.monotonic() - started)
+        looked_at = _batches((row for rows in looks for row in rows), counts)
+        receipt = write_parquet(run.storage, run.stage("creatives") + "/packs", f"pack/{pair.shard:05d}", looked_at, counts)
+    if receipt.rows:
+        log.info("  creatives: unit %d of %d, %d images in %.1f s", pair.shard + 1, units, receipt.rows, time.monotonic() - started)
     return receipt
 
 
@@ -166,8 +162,15 @@ def _look_at(run: MonthRun, group: list[dict[str, Any]], known: dict[str, str]) 
     return looked
 
 
-def _batches(rows: list[dict[str, Any]]) -> Iterable[pa.RecordBatch]:
-    return [pa.RecordBatch.from_pylist(rows, PACK)] if rows else []
+def _batches(rows: Iterator[dict[str, Any]], counts: Counter[str]) -> Iterator[pa.RecordBatch]:
+    """The rows of a pack in batches; `counts` grow with them."""
+    while some := list(itertools.islice(rows, _PACK_ROWS)):
+        for row in some:
+            fetched = row["image_status"] != images.MISSING
+            counts["fetched"] += fetched
+            counts["bytes"] += row["size"] * fetched
+            counts["decoded"] += row["thumbnail"] is not None
+        yield pa.RecordBatch.from_pylist(some, PACK)
 
 
 def write_index(pair: ShardPair, storage: Storage, folder: str) -> Receipt:

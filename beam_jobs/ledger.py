@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ def take(run: MonthRun) -> dict[str, Any]:
     """Account for the run and write `ledger.json`.
 
     Returns:
-        `counts` by name, `rejected` by reason, `image_status` and `score_status` by value, and `balanced`.
+        `counts` by name, `rejected` by reason, `image_status` and `score_status` by value, `used` by step, and `balanced`.
 
     Raises:
         StageError: it does not balance, or a file is missing or damaged; says where.
@@ -74,6 +75,7 @@ def take(run: MonthRun) -> dict[str, Any]:
         "rejected": rejected,
         "image_status": scores.counts("image_status:"),
         "score_status": scores.counts("score_status:"),
+        "used": used(run),
         "balanced": not unbalanced,
         "unbalanced": unbalanced,
     }
@@ -81,6 +83,16 @@ def take(run: MonthRun) -> dict[str, Any]:
     if unbalanced:
         raise StageError(f"the ledger of {run.month} does not balance, nothing is published: {'; '.join(unbalanced)}")
     return ledger
+
+
+def used(run: MonthRun) -> dict[str, dict[str, float]]:
+    """What each step used, all of its attempts together: `seconds` on the clock, and what the runner's service told of the job."""
+    total: dict[str, Counter[str]] = {}
+    for name in run.storage.names(f"{run.folder}/used/"):
+        note = run.storage.read_json(name)
+        step = total.setdefault(note["step"], Counter())
+        step.update({"seconds": note["seconds"], **note.get("metrics", {})})
+    return {step: dict(values) for step, values in sorted(total.items())}
 
 
 def show(ledger: Mapping[str, Any]) -> str:
@@ -101,9 +113,21 @@ def show(ledger: Mapping[str, Any]) -> str:
             f"  status   image: {each(ledger['image_status'])}; score: {each(ledger['score_status'])}",
             *([f"  storage  {counts['retries']:,} requests made again"] if counts.get("retries") else []),
             *([f"  gate     {ledger['gate']['status']}: {ledger['gate']['why']}"] if ledger["gate"] else []),
+            *([f"  used     {_used(ledger['used'])}"] if ledger.get("used") else []),
             "  balanced" if ledger["balanced"] else f"  NOT balanced: {'; '.join(ledger['unbalanced'])}",
         )
     )
+
+
+def _used(steps: Mapping[str, Mapping[str, float]]) -> str:
+    """Seconds by step, and the hours that a service told of, by the kind of what was used."""
+    hours = {
+        told: sum(values.get(name, 0) for values in steps.values()) / 3600
+        for name, told in (("TotalVcpuTime", "vCPU hours"), ("TotalGpuTime", "GPU hours"))
+    }
+    seconds = ", ".join(f"{step} {values['seconds']:,.0f} s" for step, values in steps.items())
+    told = ", ".join(f"{value:,.2f} {kind}" for kind, value in hours.items() if value)
+    return f"{seconds}; {told}" if told else seconds
 
 
 def _parquet_rows(storage: Storage, files: list[str]) -> int:

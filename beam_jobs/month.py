@@ -65,9 +65,9 @@ def _complete(folder: Callable[[MonthRun], str]) -> Callable[[MonthRun], bool]:
 
 def _pipeline(step: str, define: Any, flags: Flags, run: MonthRun, *arguments: Any) -> None:
     """Launch one pipeline and wait for it."""
-    from beam_jobs.runner import run_pipeline
+    from beam_jobs.runner import run_step
 
-    run_pipeline(lambda root: define(root, run, *arguments), flags, run, step)
+    run_step(lambda root: define(root, run, *arguments), flags, run, step)
 
 
 # Each stage imports its own job, so that a month in which nothing is to do imports neither Beam nor TensorFlow.

@@ -30,8 +30,21 @@ _SEVERAL_WORKERS = "Beam 2.77 loses rows with several local workers; leave it ou
 _TOTALS = ("TotalVcpuTime", "TotalMemoryUsage", "TotalPdUsage", "TotalSsdUsage", "TotalGpuTime", "TotalShuffleDataProcessed")
 
 
-def run_pipeline(define: Define, flags: Sequence[str], run: MonthRun, step: str) -> None:
-    """Build a pipeline, run it, wait until it is done, remove what it spilled, and note what it used in the run's folder.
+def run_pipeline(define: Define, flags: Sequence[str]) -> None:
+    """Build a pipeline, run it, and wait until it is done.
+
+    Raises:
+        ConfigError: a flag is unknown to Beam or refused.
+    """
+    options = checked_options(flags)
+    runner = None if options.get_all_options().get("runner") else FnApiRunner()
+    pipeline = beam.Pipeline(runner=runner, options=options)
+    define(pipeline)
+    pipeline.run().wait_until_finish()
+
+
+def run_step(define: Define, flags: Sequence[str], run: MonthRun, step: str) -> None:
+    """Run a pipeline of a month, remove what it spilled, and note what it used in the run's folder.
 
     Args:
         define: builds it.
@@ -50,9 +63,7 @@ def run_pipeline(define: Define, flags: Sequence[str], run: MonthRun, step: str)
         used = _run_on_dataflow(define, options, run, step)
     else:
         try:
-            pipeline = beam.Pipeline(runner=None if options.get_all_options().get("runner") else FnApiRunner(), options=options)
-            define(pipeline)
-            pipeline.run().wait_until_finish()
+            run_pipeline(define, flags)
         finally:
             run.storage.delete(f"{run.spill}/")
     note = {"step": step, "seconds": round(time.time() - started, 1), **used}
@@ -69,6 +80,8 @@ def dataflow_pipeline(define: Define, options: PipelineOptions, run: MonthRun, s
     # A template's launcher gives the name; all others are known by theirs.
     if not cloud.template_location:
         cloud.job_name = job_name(run, step)
+    # With cloudpickle, Beam pickles the launcher's main module for Dataflow unless it is told not to.
+    options.view_as(SetupOptions).save_main_session = False
     cloud.labels = [*(cloud.labels or []), f"month={run.month}", f"run={run.id}", f"step={step}", f"launch={run.launch}"]
     pipeline = beam.Pipeline(runner=runner, options=options)
     define(pipeline)
@@ -93,10 +106,9 @@ def _run_on_dataflow(define: Define, options: PipelineOptions, run: MonthRun, st
         pipeline = dataflow_pipeline(define, options, run, step, runner)
         try:
             result: Any = pipeline.run()
-        except apiclient.DataflowJobAlreadyExistsError as error:
-            raise StageError(
-                f"another launcher has just submitted {job_name(run, step)}; run the same command again to wait for it"
-            ) from error
+        except apiclient.DataflowJobAlreadyExistsError:
+            # Another launcher was faster by moments: wait with it.
+            return _run_on_dataflow(define, options, run, step)
         if alone:
             graph = len(pipeline.to_runner_api().SerializeToString())
             where = f"written to {cloud.template_location}" if cloud.template_location else "not sent"

@@ -19,10 +19,11 @@ import pathlib
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
+from schemas.listing import Entry, list_all
 from schemas.retries import READ_TIMEOUT, again, ask, told
 from schemas.retries import client as _client
 
@@ -30,21 +31,8 @@ STREAM_CHUNK = 8 << 20
 # Metadata of what is written on a condition: which write it is.
 WRITE = "adstocrat-write"
 BYTES = "application/octet-stream"
-
-
-@dataclasses.dataclass(frozen=True, order=True)
-class Entry:
-    """One stored object as a listing shows it.
-
-    Attributes:
-        name: path relative to the lake.
-        size: bytes.
-        crc32c: base64 of the content's CRC32C, as Google Cloud Storage writes it.
-    """
-
-    name: str
-    size: int
-    crc32c: str
+_LISTED = "items(name,size,crc32c,updated),nextPageToken"
+T = TypeVar("T")
 
 
 class Storage(abc.ABC):
@@ -287,28 +275,31 @@ class Bucket(Storage):
     def _blob(self, name: str) -> Any:
         return self._bucket.blob(self._prefix + name)
 
-    def _blobs(self, prefix: str) -> list[Any]:
-        fields, found, token = "items(name,size,crc32c,updated),nextPageToken", [], None
+    def _all(self, prefix: str, read: Callable[[Any], T]) -> list[T]:
+        """What `read` makes of each object under `prefix`, in no order."""
+        prefix = self._prefix + prefix
 
-        def page() -> tuple[list[Any], str | None]:
-            blobs = _client().list_blobs(self._bucket, prefix=self._prefix + prefix, fields=fields, page_token=token, retry=None)
-            return list(next(blobs.pages, ())), blobs.next_page_token
-
-        while True:
-            blobs, token = ask(page, self.uri)
+        def page(after: str | None, end: str | None) -> tuple[list[T], str | None]:
+            options = {"prefix": prefix, "start_offset": after, "end_offset": end, "fields": _LISTED, "retry": None}
+            blobs = _client().list_blobs(self._bucket, **options)
+            found = list(next(blobs.pages, ()))
             # As in a folder, what begins with a dot is nobody's data.
-            found += [blob for blob in blobs if "/." not in "/" + blob.name[len(self._prefix) :]]
-            if token is None:
-                return found
+            wanted = [blob for blob in found if blob.name != after and "/." not in "/" + blob.name[len(self._prefix) :]]
+            return [read(blob) for blob in wanted], found[-1].name if blobs.next_page_token else None
+
+        return list_all(lambda after, end: ask(functools.partial(page, after, end), self.uri), prefix)
+
+    def _name(self, blob: Any) -> str:
+        return blob.name[len(self._prefix) :]
 
     def names(self, prefix: str) -> list[str]:
-        return sorted(blob.name[len(self._prefix) :] for blob in self._blobs(prefix))
+        return sorted(self._all(prefix, self._name))
 
     def entries(self, prefix: str) -> list[Entry]:
-        return sorted(Entry(blob.name[len(self._prefix) :], blob.size, blob.crc32c) for blob in self._blobs(prefix))
+        return sorted(self._all(prefix, lambda blob: Entry(self._name(blob), blob.size, blob.crc32c)))
 
     def last_change(self, prefix: str) -> float | None:
-        return max((blob.updated.timestamp() for blob in self._blobs(prefix)), default=None)
+        return max(self._all(prefix, lambda blob: blob.updated.timestamp()), default=None)
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         if length == 0:
@@ -364,9 +355,9 @@ class Bucket(Storage):
             yield path
 
     def delete(self, prefix: str) -> None:
-        for blob in self._blobs(prefix):
+        for name in self._all(prefix, self._name):
             with contextlib.suppress(FileNotFoundError):
-                ask(functools.partial(blob.delete, retry=None), self.uri)
+                ask(functools.partial(self._blob(name).delete, retry=None), self.uri)
 
     def url(self, name: str) -> str:
         return f"{self.uri}/{name}"

@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import json
 import pathlib
 import re
 from collections.abc import Callable
@@ -182,3 +183,13 @@ def test_a_stage_that_is_not_complete_is_named(run: MonthRun, stage: str, comman
         (pathlib.Path(run.storage.uri) / folder_of(run, stage) / MANIFEST).unlink()
     with pytest.raises(StageError, match=f"is not complete; run `adstocrat {command} {MONTH}` first"):
         ledger.take(run)
+
+
+def test_what_was_used_is_told_by_step(run: MonthRun) -> None:
+    notes = [{"step": "score", "seconds": 10.5}, {"step": "score", "seconds": 2.0}]
+    notes.append({"step": "embed-packs", "seconds": 60, "job": "1", "metrics": {"TotalVcpuTime": 7200.0, "TotalGpuTime": 1800.0}})
+    for note in notes:
+        run.storage.write(lake.unique(f"{run.folder}/used", note["step"], ".json"), json.dumps(note).encode())
+    taken = ledger.take(run)
+    assert taken["used"]["score"] == {"seconds": 12.5} and taken["used"]["embed-packs"]["TotalVcpuTime"] == 7200
+    assert "  used     embed-packs 60 s, score 12 s; 2.00 vCPU hours, 0.50 GPU hours\n" in ledger.show(taken)

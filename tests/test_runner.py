@@ -6,7 +6,7 @@ import pytest
 
 from beam_jobs.config import Config, ConfigError
 from beam_jobs.run import MonthRun
-from beam_jobs.runner import checked_options, run_pipeline
+from beam_jobs.runner import checked_options, run_pipeline, run_step
 from schemas import contract as contracts
 from schemas.storage import Folder
 
@@ -62,7 +62,7 @@ def test_a_pipeline_is_run_to_its_end_and_what_it_used_is_noted(run: MonthRun, t
     folder = tmp_path / "written"
     folder.mkdir()
     run.storage.write(f"{run.spill}/section", b"spilled")
-    run_pipeline(lambda root: root | beam.Create([1, 2, 3]) | beam.Map(write, folder), [], run, "step-of-it")
+    run_step(lambda root: root | beam.Create([1, 2, 3]) | beam.Map(write, folder), [], run, "step-of-it")
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "3"]
     assert not run.storage.names(f"{run.spill}/")
     (note,) = run.storage.names("runs/2026-10/r/used/")
@@ -70,9 +70,9 @@ def test_a_pipeline_is_run_to_its_end_and_what_it_used_is_noted(run: MonthRun, t
     assert used.pop("seconds") > 0 and used == {"step": "step-of-it"}
 
 
-def test_a_refused_flag_runs_nothing(run: MonthRun, tmp_path: pathlib.Path) -> None:
+def test_a_refused_flag_runs_nothing(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ConfigError):
-        run_pipeline(lambda root: root | beam.Create([1]) | beam.Map(write, tmp_path), ["--direct_num_workers=2"], run, "step")
+        run_pipeline(lambda root: root | beam.Create([1]) | beam.Map(write, tmp_path), ["--direct_num_workers=2"])
     assert not list(tmp_path.iterdir())
 
 

@@ -97,7 +97,7 @@ class Months:
             schema=tables.quality(),
         )
         judged = write_parquet(self.storage, run.stage("evaluation"), "quality", [quality])
-        self._commit(run, "evaluation", (judged,), **pair, promoted=True, why='it is "better"')
+        self._commit(run, "evaluation", (judged,), **pair, promoted=True, status="promoted", why='it is "better"')
         if self.served:
             months.run_stage(next(stage for stage in months.STAGES if stage.name == "lookup"), run, [])
         else:

@@ -1,0 +1,161 @@
+"""What a month will take, told before any money is spent: `adstocrat month 2026-10 --plan`.
+
+An estimate: units of work by the rates that docs/scale.md measured, times the prices in the config.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from beam_jobs.arrow import SPILL_BYTES, shards_for
+from beam_jobs.config import Config
+from beam_jobs.creatives import IMAGES_PER_UNIT, pack_files
+from beam_jobs.ingest import estimated_rows
+from beam_jobs.month import STAGES
+from beam_jobs.run import LISTING, MonthRun, listing_file
+from schemas import lake
+from schemas.hashing import hash64_column
+from schemas.parquet import read_columns
+
+# Units a second: of one vCPU, and of one worker with a GPU. docs/scale.md says which of them are measured and which assumed.
+RATES = {"ingest": 100_000, "evaluate": 100_000, "score": 100_000, "lookup": 75_000}
+IMAGES, IMAGE_BYTES, NAMES = 1_000, 50_000_000, 500_000
+GPU_RATES = {"encoder": 20_000, "embed": 30_000, "train": 250_000}
+EPOCHS = {"encoder": 16, "embed": 1, "train": 7}
+# Of one vCPU, and of the machine of a GPU.
+_VCPU_GB, _VCPU_DISK_GB, _GPU_VCPUS = 4, 8, 4
+# Bytes of a row and of an image's name as batches hold them, and of a section's address in the shuffle.
+_ROW_BYTES, _NAME_BYTES, _ADDRESS_BYTES = 100, 100, 250
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one stage takes.
+
+    Attributes:
+        stage: which.
+        units, what: how much it does.
+        vcpu_hours, gpu_hours: of workers without and with a GPU.
+        reads, writes: requests to the bucket; listings count as writes.
+        shuffled: bytes through the runner's shuffle.
+    """
+
+    stage: str
+    units: int
+    what: str
+    vcpu_hours: float = 0.0
+    gpu_hours: float = 0.0
+    reads: int = 0
+    writes: int = 0
+    shuffled: int = 0
+
+    def cost(self, config: Config) -> float:
+        """In the currency of the config's prices."""
+        vcpu = config.prices_vcpu_hour + _VCPU_GB * config.prices_gb_hour + _VCPU_DISK_GB * config.prices_disk_gb_hour
+        gpu = config.gpu_count * config.prices_gpu_hour + _GPU_VCPUS * vcpu
+        requests = (self.reads * config.prices_million_reads + self.writes * config.prices_million_writes) / 1e6
+        return self.vcpu_hours * vcpu + self.gpu_hours * gpu + requests + self.shuffled / 1e9 * config.prices_shuffle_gb
+
+
+@dataclasses.dataclass(frozen=True)
+class Delivery:
+    """How big a month is: rows, of it and of its whole window; images, and those of them that were never looked at, with their bytes."""
+
+    rows: int
+    window_rows: int
+    images: int
+    new_images: int
+    new_bytes: int
+    to_embed: int
+
+
+def delivery(run: MonthRun) -> Delivery:
+    rows = estimated_rows(run.storage, run.ads)
+    earlier = (lake.read_manifest(run.storage, lake.stage_folder("rows", month, id)) for month, id in run.earlier)
+    images, (new, size) = run.storage.read_json(f"{run.folder}/inputs.json")["images"]["count"], new_images(run)
+    # An encoder of its own embeds all that was ever looked at.
+    known = 0 if run.known_encoder else sum(receipt.rows for receipt in lake.pack_receipts(run.storage, "creatives/"))
+    return Delivery(rows, rows + sum(manifest.count("ingested") for manifest in earlier if manifest), images, new, size, known + new)
+
+
+def new_images(run: MonthRun) -> tuple[int, int]:
+    """How many of the month's images no run has looked at, and their bytes; by hashes of name, size and checksum."""
+    known = np.concatenate([np.empty(0, np.uint64), *(_hashes(batch) for file in pack_files(run.storage) for batch in _names(run, file))])
+    count = size = 0
+    for batch in _names(run, listing_file(run)):
+        new = ~np.isin(_hashes(batch), known)
+        count, size = count + int(new.sum()), size + int(batch["size"].to_numpy()[new].sum())
+    return count, size
+
+
+def _names(run: MonthRun, file: str) -> Iterator[pa.RecordBatch]:
+    return read_columns(run.storage, file, LISTING.names)
+
+
+def _hashes(batch: pa.RecordBatch) -> np.ndarray:
+    return hash64_column(pc.binary_join_element_wise(*(batch[name].cast(pa.string()) for name in LISTING.names), "\0"))
+
+
+def work(month: Delivery) -> list[Work]:
+    """What the stages of a month of that size take, all of them."""
+    rows, shards = month.rows, shards_for(month.rows)
+    units, spilled = shards_for(month.images, IMAGES_PER_UNIT), _sections(rows * _ROW_BYTES, shards)
+    named, indexed = _sections(month.images * _NAME_BYTES, units), _sections(month.images * _NAME_BYTES, shards)
+    looking = month.new_images / IMAGES + month.new_bytes / IMAGE_BYTES + 4 * month.images / NAMES
+
+    def by_rows(stage: str, sections: int, reads: int, writes: int) -> Work:
+        hours = rows / RATES[stage] / 3600
+        return Work(stage, rows, "rows", hours, 0, sections + reads, writes, sections * _ADDRESS_BYTES)
+
+    def on_gpu(stage: str, units: int, what: str, reads: int) -> Work:
+        return Work(stage, units, what, 0, units * EPOCHS[stage] / GPU_RATES[stage] / 3600, reads, 10)
+
+    fetched, pages = month.new_images + 2 * (named + indexed), -(-month.images // 1000)
+    addresses = 2 * (named + indexed) * _ADDRESS_BYTES
+    return [
+        by_rows("ingest", 2 * spilled, shards, 2 * shards),
+        Work("creatives", month.new_images, "new images", looking / 3600, 0, fetched, pages + units + shards, addresses),
+        on_gpu("encoder", month.to_embed, "creatives", EPOCHS["encoder"] * units),
+        on_gpu("embed", month.to_embed, "creatives", units + 3 * indexed),
+        on_gpu("train", month.window_rows, "rows of the window", EPOCHS["train"] * 3 * shards),
+        by_rows("evaluate", 0, 3 * shards, 1),
+        by_rows("score", 0, 3 * shards, shards),
+        by_rows("lookup", spilled, shards, shards),
+    ]
+
+
+def _sections(size: int, shards: int) -> int:
+    """How many pieces a shuffle by spill files is read in."""
+    return -(-size // SPILL_BYTES) * shards
+
+
+def show(run: MonthRun) -> str:
+    """The plan as lines to read."""
+    month, config = delivery(run), run.config
+    size = sum(entry.size for entry in run.ads)
+    complete = {stage.name for stage in STAGES if stage.is_complete(run)}
+    todo = [each for each in work(month) if each.stage not in complete]
+    lines = [
+        f"plan of {run.month}, run {run.id}",
+        f"  delivered  about {month.rows:,} rows in {len(run.ads):,} files of {size / 1e9:,.3f} GB; "
+        f"{month.images:,} images, {month.new_images:,} of them new, of {month.new_bytes / 1e9:,.3f} GB",
+    ]
+    for stage in STAGES:
+        told = next((_told(each, config) for each in todo if each.stage == stage.name), "complete" if stage.name in complete else "")
+        lines.append(f"  {stage.name:<10} {told or 'the launcher alone, and BigQuery'}")
+    vcpu, gpu = sum(each.vcpu_hours for each in todo), sum(each.gpu_hours for each in todo)
+    reads, writes = sum(each.reads for each in todo), sum(each.writes for each in todo)
+    lines.append(
+        f"  in all     {vcpu:,.2f} vCPU hours, {gpu:,.2f} hours of a worker with a GPU, {reads:,} reads and {writes:,} writes of the bucket"
+    )
+    cost = sum(each.cost(config) for each in todo)
+    lines.append(f"  estimate   {cost:,.2f} at the prices of the config, storage and BigQuery not included; rates: docs/scale.md")
+    return "\n".join(lines)
+
+
+def _told(each: Work, config: Config) -> str:
+    hours = f"{each.gpu_hours:,.3f} GPU worker hours" if each.gpu_hours else f"{each.vcpu_hours:,.3f} vCPU hours"
+    return f"{each.units:,} {each.what}, {hours}, {each.cost(config):,.3f}"
