@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import pathlib
@@ -17,13 +18,14 @@ import uuid
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from beam_jobs.config import Config
 from schemas import contract as contracts
 from schemas import lake
 from schemas.contract import Contract, ContractError
 from schemas.lake import Champion, Manifest
-from schemas.parquet import write_parquet
+from schemas.parquet import BATCH_ROWS, write_parquet
 from schemas.storage import Entry, Storage, open_storage
 
 log = logging.getLogger("adstocrat")
@@ -115,7 +117,7 @@ def prepare(config: Config, month: str) -> MonthRun:
     contract = contracts.load(config.contract or contracts.DEFAULT)
     if config.dataset:
         _check_names(contract)
-    delivered = storage.entries(lake.raw_ads(month))
+    delivered = [entry for entry in storage.entries(lake.raw_ads(month)) if _is_text(entry.name)]
     ads = tuple(entry for entry in delivered if entry.name.lower().endswith((".csv", ".csv.gz")))
     if odd := [entry.name for entry in delivered if entry not in ads]:
         log.info("%s and %d more are left out: neither *.csv nor *.csv.gz", odd[0], len(odd) - 1)
@@ -124,13 +126,12 @@ def prepare(config: Config, month: str) -> MonthRun:
             f"month {month} has no ads: expected *.csv or *.csv.gz in {storage.url(lake.raw_ads(month))}; "
             "deliver them there, or name another month or --lake"
         )
-    prefix = lake.raw_images(month)
-    images = [(entry.name[len(prefix) :], entry.size, entry.crc32c) for entry in storage.entries(prefix)]
+    images = _images(storage, lake.raw_images(month))
     earlier = _published_window(storage, contract, config, month)
     champion = champion_before(storage, month)
     inputs = {
         "ads": [[entry.name.removeprefix(lake.raw_ads(month)), entry.size, entry.crc32c] for entry in ads],
-        "images": {"count": len(images), "bytes": sum(size for _, size, _ in images), "digest": _digest(images)},
+        "images": {"count": len(images), "bytes": pc.sum(images["size"], min_count=0).as_py(), "digest": _digest_of(images)},
         "contract": contract.fingerprint,
         "settings": config.affecting_model(),
         "source": source_digest(),
@@ -140,15 +141,39 @@ def prepare(config: Config, month: str) -> MonthRun:
     known = champion.encoder if champion and _is_trained(storage, champion.encoder) else None
     run = MonthRun(storage, contract, config, month, _digest([month, inputs]), earlier, champion, known, ads)
     if storage.read_json(f"{run.folder}/inputs.json") is None:
-        columns = [
-            pa.array(column, type)
-            for column, type in zip(zip(*images, strict=True) if images else ((), (), ()), LISTING.types, strict=True)
-        ]
-        listing = pa.RecordBatch.from_arrays(columns, schema=LISTING)
-        written = write_parquet(storage, run.folder, "images", [listing])
+        written = write_parquet(storage, run.folder, "images", images.to_batches(BATCH_ROWS) or [pa.RecordBatch.from_pylist([], LISTING)])
         created = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
         storage.create(f"{run.folder}/inputs.json", json.dumps({**inputs, "listing": written.file, "created": created}, indent=1).encode())
     return run
+
+
+def _images(storage: Storage, prefix: str) -> pa.Table:
+    """What lies under `prefix` as `LISTING`, sorted by name; in columns, since it may be millions."""
+    entries, batches = (entry for entry in storage.scan(prefix) if _is_text(entry.name)), []
+    while some := list(itertools.islice(entries, BATCH_ROWS)):
+        columns = zip(*((entry.name[len(prefix) :], entry.size, entry.crc32c) for entry in some), strict=True)
+        arrays = [pa.array(column, type) for column, type in zip(columns, LISTING.types, strict=True)]
+        batches.append(pa.RecordBatch.from_arrays(arrays, schema=LISTING))
+    return pa.Table.from_batches(batches, LISTING).sort_by("image")
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file's name is one that rows could have; a folder's may be any bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        log.info("%r is left out: its name is not UTF-8", name)
+        return False
+    return True
+
+
+def _digest_of(listing: pa.Table) -> str:
+    """As `_digest`, of many rows."""
+    digest = hashlib.sha256()
+    for batch in listing.to_batches(BATCH_ROWS):
+        rows = pc.binary_join_element_wise(batch["image"], batch["size"].cast(pa.string()), batch["crc32c"], "\0")
+        digest.update("".join(f"{row}\n" for row in rows.to_pylist()).encode())
+    return digest.hexdigest()[:16]
 
 
 def listing_file(run: MonthRun) -> str:

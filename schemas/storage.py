@@ -57,8 +57,12 @@ class Storage(abc.ABC):
         """Sorted names that start with `prefix`; nothing is read."""
 
     @abc.abstractmethod
+    def scan(self, prefix: str) -> Iterator[Entry]:
+        """Entries under `prefix` with their checksums, in no order and a page at a time; a folder's files are read for them, once."""
+
     def entries(self, prefix: str) -> list[Entry]:
-        """Sorted entries under `prefix` with their checksums; a folder's files are read for them, once."""
+        """All that `scan` finds, sorted."""
+        return sorted(self.scan(prefix))
 
     @abc.abstractmethod
     def last_change(self, prefix: str) -> float | None:
@@ -100,9 +104,9 @@ class Storage(abc.ABC):
     def delete(self, prefix: str) -> None:
         """Remove every object whose name starts with `prefix`; none is no error."""
 
-    @abc.abstractmethod
     def url(self, name: str) -> str:
         """What a person or another service calls the object."""
+        return f"{self.uri}/{name}"
 
     def read_json(self, name: str) -> Any:
         """The object as JSON, or None if absent."""
@@ -172,7 +176,7 @@ class Folder(Storage):
         return sorted(name for name in found if name.startswith(prefix))
 
     @told()
-    def entries(self, prefix: str) -> list[Entry]:
+    def scan(self, prefix: str) -> Iterator[Entry]:
         # A checksum is remembered with the size and modification time it was computed at, so a file is read again only when it changed.
         memory_name = f".checksums/{hashlib.sha256(prefix.encode()).hexdigest()[:16]}.json"
         memory = self.read_json(memory_name) or {}
@@ -190,7 +194,7 @@ class Folder(Storage):
         remembered = {e.name: [e.size, changed, e.crc32c] for e, changed in found}
         if remembered != memory:
             self.write(memory_name, json.dumps(remembered).encode())
-        return [e for e, _ in found]
+        return (e for e, _ in found)
 
     def last_change(self, prefix: str) -> float | None:
         return max((os.path.getmtime(self._root / name) for name in self.names(prefix)), default=None)
@@ -254,9 +258,6 @@ class Folder(Storage):
         if prefix.endswith("/"):
             shutil.rmtree(self._root / prefix, ignore_errors=True)
 
-    def url(self, name: str) -> str:
-        return str(self._root / name)
-
     @told()
     def _temporary(self, path: pathlib.Path, data: bytes) -> pathlib.Path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -286,25 +287,24 @@ class Bucket(Storage):
     def _blob(self, name: str) -> Any:
         return self._bucket.blob(self._prefix + name)
 
-    def _blobs(self, prefix: str) -> list[Any]:
-        fields, found, token = "items(name,size,crc32c,updated),nextPageToken", [], None
+    def _blobs(self, prefix: str) -> Iterator[Any]:
+        fields = "items(name,size,crc32c,updated),nextPageToken"
+        token: str | None = ""
 
         def page() -> tuple[list[Any], str | None]:
-            blobs = _client().list_blobs(self._bucket, prefix=self._prefix + prefix, fields=fields, page_token=token, retry=None)
+            blobs = _client().list_blobs(self._bucket, prefix=self._prefix + prefix, fields=fields, page_token=token or None, retry=None)
             return list(next(blobs.pages, ())), blobs.next_page_token
 
-        while True:
+        while token is not None:
             blobs, token = ask(page, self.uri)
             # As in a folder, what begins with a dot is nobody's data.
-            found += [blob for blob in blobs if "/." not in "/" + blob.name[len(self._prefix) :]]
-            if token is None:
-                return found
+            yield from (blob for blob in blobs if "/." not in "/" + blob.name[len(self._prefix) :])
 
     def names(self, prefix: str) -> list[str]:
         return sorted(blob.name[len(self._prefix) :] for blob in self._blobs(prefix))
 
-    def entries(self, prefix: str) -> list[Entry]:
-        return sorted(Entry(blob.name[len(self._prefix) :], blob.size, blob.crc32c) for blob in self._blobs(prefix))
+    def scan(self, prefix: str) -> Iterator[Entry]:
+        return (Entry(blob.name[len(self._prefix) :], blob.size, blob.crc32c) for blob in self._blobs(prefix))
 
     def last_change(self, prefix: str) -> float | None:
         return max((blob.updated.timestamp() for blob in self._blobs(prefix)), default=None)
@@ -363,12 +363,9 @@ class Bucket(Storage):
             yield path
 
     def delete(self, prefix: str) -> None:
-        for blob in self._blobs(prefix):
+        for blob in list(self._blobs(prefix)):
             with contextlib.suppress(FileNotFoundError):
                 ask(functools.partial(blob.delete, retry=None), self.uri)
-
-    def url(self, name: str) -> str:
-        return f"{self.uri}/{name}"
 
     def _found(self, name: str) -> Any:
         """The object with what is known of it."""
