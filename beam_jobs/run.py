@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import pathlib
@@ -17,13 +18,14 @@ import uuid
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from beam_jobs.config import Config
 from schemas import contract as contracts
 from schemas import lake
 from schemas.contract import Contract, ContractError
 from schemas.lake import Champion, Manifest
-from schemas.parquet import write_parquet
+from schemas.parquet import BATCH_ROWS, write_parquet
 from schemas.storage import Entry, Storage, open_storage
 
 log = logging.getLogger("adstocrat")
@@ -118,12 +120,8 @@ def prepare(config: Config, month: str) -> MonthRun:
     """Look at the month and settle its run; the run's `inputs.json` is created now unless it is there already. Raises as `derive`."""
     run, inputs, images = derive(config, month)
     if run.storage.read_json(f"{run.folder}/inputs.json") is None:
-        columns = [
-            pa.array(column, type)
-            for column, type in zip(zip(*images, strict=True) if images else ((), (), ()), LISTING.types, strict=True)
-        ]
-        listing = pa.RecordBatch.from_arrays(columns, schema=LISTING)
-        written = write_parquet(run.storage, run.folder, "images", [listing])
+        batches = images.to_batches(BATCH_ROWS) or [pa.RecordBatch.from_pylist([], LISTING)]
+        written = write_parquet(run.storage, run.folder, "images", batches)
         run.storage.create(f"{run.folder}/contract.pbtxt", contracts.dumps(run.contract).encode())
         created = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
         inputs = {**inputs, "listing": written.file, "created": created}
@@ -131,7 +129,7 @@ def prepare(config: Config, month: str) -> MonthRun:
     return run
 
 
-def derive(config: Config, month: str) -> tuple[MonthRun, dict[str, Any], list[tuple[str, int, str]]]:
+def derive(config: Config, month: str) -> tuple[MonthRun, dict[str, Any], pa.Table]:
     """The run that the month's inputs make now, those inputs, and its images as `LISTING`; nothing is written.
 
     Raises:
@@ -143,7 +141,7 @@ def derive(config: Config, month: str) -> tuple[MonthRun, dict[str, Any], list[t
     contract = contracts.load(config.contract or contracts.DEFAULT)
     if config.dataset:
         _check_names(contract)
-    delivered = storage.entries(lake.raw_ads(month))
+    delivered = [entry for entry in storage.entries(lake.raw_ads(month)) if _is_text(entry.name)]
     ads = tuple(entry for entry in delivered if entry.name.lower().endswith((".csv", ".csv.gz")))
     if odd := [entry.name for entry in delivered if entry not in ads]:
         log.info("%s and %d more are left out: neither *.csv nor *.csv.gz", odd[0], len(odd) - 1)
@@ -152,14 +150,13 @@ def derive(config: Config, month: str) -> tuple[MonthRun, dict[str, Any], list[t
             f"month {month} has no ads: expected *.csv or *.csv.gz in {storage.url(lake.raw_ads(month))}; "
             "deliver them there, or name another month or --lake"
         )
-    prefix = lake.raw_images(month)
-    images = [(entry.name[len(prefix) :], entry.size, entry.crc32c) for entry in storage.entries(prefix)]
+    images = _images(storage, lake.raw_images(month))
     earlier = _published_window(storage, contract, config, month)
     champion = champion_before(storage, month)
     half_a_year_ago = champion and earlier_champion(storage, contract, month, champion)
     inputs = {
         "ads": [[entry.name.removeprefix(lake.raw_ads(month)), entry.size, entry.crc32c] for entry in ads],
-        "images": {"count": len(images), "bytes": sum(size for _, size, _ in images), "digest": _digest(images)},
+        "images": {"count": len(images), "bytes": pc.sum(images["size"], min_count=0).as_py(), "digest": _digest_of(images)},
         "contract": contract.fingerprint,
         "settings": config.affecting_model(),
         "source": source_digest(),
@@ -184,6 +181,35 @@ def kept(config: Config, month: str, id: str) -> MonthRun:
     except FileNotFoundError:
         raise StageError(f"run {id!r} of {month} is not in {storage.uri}; `adstocrat runs` lists those that are") from None
     return MonthRun(storage, contract, config, month, id, (), None, None)
+
+
+def _images(storage: Storage, prefix: str) -> pa.Table:
+    """What lies under `prefix` as `LISTING`, sorted by name; in columns, since it may be millions."""
+    entries, batches = (entry for entry in storage.scan(prefix) if _is_text(entry.name)), []
+    while some := list(itertools.islice(entries, BATCH_ROWS)):
+        columns = zip(*((entry.name[len(prefix) :], entry.size, entry.crc32c) for entry in some), strict=True)
+        arrays = [pa.array(column, type) for column, type in zip(columns, LISTING.types, strict=True)]
+        batches.append(pa.RecordBatch.from_arrays(arrays, schema=LISTING))
+    return pa.Table.from_batches(batches, LISTING).sort_by("image")
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file's name is one that rows could have; a folder's may be any bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        log.info("%r is left out: its name is not UTF-8", name)
+        return False
+    return True
+
+
+def _digest_of(listing: pa.Table) -> str:
+    """As `_digest`, of many rows."""
+    digest = hashlib.sha256()
+    for batch in listing.to_batches(BATCH_ROWS):
+        rows = pc.binary_join_element_wise(batch["image"], batch["size"].cast(pa.string()), batch["crc32c"], "\0")
+        digest.update("".join(f"{row}\n" for row in rows.to_pylist()).encode())
+    return digest.hexdigest()[:16]
 
 
 def listing_file(run: MonthRun) -> str:

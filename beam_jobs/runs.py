@@ -82,7 +82,8 @@ def garbage(storage: Storage, keep: int) -> list[str]:
     """Names of all objects that no kept run and no pointer needs, in an order in which they can be removed.
 
     Kept are the `keep` newest runs of each month, the one published last, the run that is served, and, of each of these, the runs that it
-    builds on and its models with all their parents. Images that were looked at stay known for ever.
+    builds on and its models with all their parents. Images that were looked at stay known for ever, in packs
+    that are complete.
 
     Raises:
         ValueError: nothing would be kept.
@@ -98,11 +99,12 @@ def _garbage(storage: Storage, keep: int) -> Iterator[str]:
     kept = _kept_runs(storage, runs, keep)
     models = _kept_models(storage, kept)
     for folder in (*OF_A_RUN, "creatives", "embeddings"):
-        for name in storage.names(f"{folder}/"):
+        names = set(storage.names(f"{folder}/"))
+        for name in names:
             parts = name.split("/")
             if folder == "embeddings" and ("encoder", parts[1]) not in models:
                 yield name
-            elif "packs" in parts or name == lake.CURRENT:
+            elif name == lake.CURRENT or ("packs" in parts and f"{name.rpartition('/')[0]}/{lake.MANIFEST}" in names):
                 continue
             elif (run := next((pair for pair in itertools.pairwise(parts) if pair in runs), None)) and run not in kept:
                 yield name

@@ -45,7 +45,7 @@ _HEADER_LINE = re.compile(rb"(?:\xef\xbb\xbf)?+[\r\n]*+([^\r\n]++)[\r\n]")
 
 
 class HeaderError(ValueError):
-    """A file whose first record is no header."""
+    """A file whose first record is no header, or which is in another encoding as a whole."""
 
 
 def is_packed(file: str) -> bool:
@@ -174,8 +174,13 @@ def _as_utf8(pieces: Iterator[bytes], layout: Layout) -> Iterator[bytes]:
         return
     decoder = codecs.getincrementaldecoder(layout.codec)("adstocrat-surrogate")
     for piece in itertools.chain(pieces, (b"",)):
+        try:
+            text = decoder.decode(piece, not piece)
+        except UnicodeError as error:
+            # Such as a file in UTF-16 that does not tell its byte order.
+            raise HeaderError(f"it is not in {layout.encoding} ({error}), see csv_encoding") from None
         # A piece may end before its first character does.
-        if text := decoder.decode(piece, not piece):
+        if text:
             yield text.encode("utf-8", "surrogatepass")
 
 

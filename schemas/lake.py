@@ -149,11 +149,18 @@ class Manifest:
 
 
 def read_manifest(storage: Storage, folder: str) -> Manifest | None:
-    """The manifest of a folder, or None while its stage is not complete."""
+    """The manifest of a folder, or None while its stage is not complete.
+
+    Raises:
+        ValueError: it is damaged; says where.
+    """
     try:
         return Manifest.from_json(storage.read(f"{folder}/{MANIFEST}"))
     except FileNotFoundError:
         return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        damaged = f"{storage.url(folder)}/{MANIFEST} is damaged ({error!r}), expected what its stage wrote"
+        raise ValueError(f"{damaged}; restore it, or remove that folder and run its month again") from error
 
 
 def pack_receipts(storage: Storage, prefix: str) -> list[Receipt]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
@@ -29,13 +29,12 @@ class Entry:
     crc32c: str
 
 
-def list_all(page: Page[Item], prefix: str, threads: int = THREADS) -> list[Item]:
+def list_all(page: Page[Item], prefix: str, threads: int = THREADS) -> Iterator[Item]:
     """All items under `prefix`, in no order.
 
     How names are spread need not be known: after each page half of what is left goes to another thread, and a half without names costs
     one request.
     """
-    found: list[Item] = []
     with ThreadPoolExecutor(threads) as pool:
         running: dict[Future[tuple[list[Item], str | None]], str | None] = {pool.submit(page, None, None): None}
         while running:
@@ -43,13 +42,12 @@ def list_all(page: Page[Item], prefix: str, threads: int = THREADS) -> list[Item
             for future in done:
                 end = running.pop(future)
                 items, last = future.result()
-                found += items
+                yield from items
                 if last is None:
                     continue
                 middle = between(last, end or prefix + chr(_HIGHEST)) if len(running) < threads else None
                 for after, until in ((last, middle), (middle, end)) if middle else ((last, end),):
                     running[pool.submit(page, after, until)] = until
-    return found
 
 
 def between(low: str, high: str) -> str | None:

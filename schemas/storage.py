@@ -45,8 +45,12 @@ class Storage(abc.ABC):
         """Sorted names that start with `prefix`; nothing is read."""
 
     @abc.abstractmethod
+    def scan(self, prefix: str) -> Iterator[Entry]:
+        """Entries under `prefix` with their checksums, in no order and a page at a time; a folder's files are read for them, once."""
+
     def entries(self, prefix: str) -> list[Entry]:
-        """Sorted entries under `prefix` with their checksums; a folder's files are read for them, once."""
+        """All that `scan` finds, sorted."""
+        return sorted(self.scan(prefix))
 
     @abc.abstractmethod
     def last_change(self, prefix: str) -> float | None:
@@ -88,9 +92,9 @@ class Storage(abc.ABC):
     def delete(self, prefix: str) -> None:
         """Remove every object whose name starts with `prefix`; none is no error."""
 
-    @abc.abstractmethod
     def url(self, name: str) -> str:
         """What a person or another service calls the object."""
+        return f"{self.uri}/{name}"
 
     def read_json(self, name: str) -> Any:
         """The object as JSON, or None if absent."""
@@ -161,7 +165,7 @@ class Folder(Storage):
         return sorted(name for name in found if name.startswith(prefix))
 
     @told()
-    def entries(self, prefix: str) -> list[Entry]:
+    def scan(self, prefix: str) -> Iterator[Entry]:
         # A checksum is remembered with the size and modification time it was computed at, so a file is read again only when it changed.
         memory_name = f".checksums/{hashlib.sha256(prefix.encode()).hexdigest()[:16]}.json"
         memory = self.read_json(memory_name) or {}
@@ -179,7 +183,7 @@ class Folder(Storage):
         remembered = {e.name: [e.size, changed, e.crc32c] for e, changed in found}
         if remembered != memory:
             self.write(memory_name, json.dumps(remembered).encode())
-        return [e for e, _ in found]
+        return (e for e, _ in found)
 
     def last_change(self, prefix: str) -> float | None:
         return max((os.path.getmtime(self._root / name) for name in self.names(prefix)), default=None)
@@ -243,9 +247,6 @@ class Folder(Storage):
         if prefix.endswith("/"):
             shutil.rmtree(self._root / prefix, ignore_errors=True)
 
-    def url(self, name: str) -> str:
-        return str(self._root / name)
-
     @told()
     def _temporary(self, path: pathlib.Path, data: bytes) -> pathlib.Path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -275,7 +276,7 @@ class Bucket(Storage):
     def _blob(self, name: str) -> Any:
         return self._bucket.blob(self._prefix + name)
 
-    def _all(self, prefix: str, read: Callable[[Any], T]) -> list[T]:
+    def _all(self, prefix: str, read: Callable[[Any], T]) -> Iterator[T]:
         """What `read` makes of each object under `prefix`, in no order."""
         prefix = self._prefix + prefix
 
@@ -295,8 +296,8 @@ class Bucket(Storage):
     def names(self, prefix: str) -> list[str]:
         return sorted(self._all(prefix, self._name))
 
-    def entries(self, prefix: str) -> list[Entry]:
-        return sorted(self._all(prefix, lambda blob: Entry(self._name(blob), blob.size, blob.crc32c)))
+    def scan(self, prefix: str) -> Iterator[Entry]:
+        return self._all(prefix, lambda blob: Entry(self._name(blob), blob.size, blob.crc32c))
 
     def last_change(self, prefix: str) -> float | None:
         return max(self._all(prefix, lambda blob: blob.updated.timestamp()), default=None)
@@ -355,12 +356,9 @@ class Bucket(Storage):
             yield path
 
     def delete(self, prefix: str) -> None:
-        for name in self._all(prefix, self._name):
+        for name in list(self._all(prefix, self._name)):
             with contextlib.suppress(FileNotFoundError):
                 ask(functools.partial(self._blob(name).delete, retry=None), self.uri)
-
-    def url(self, name: str) -> str:
-        return f"{self.uri}/{name}"
 
     def _found(self, name: str) -> Any:
         """The object with what is known of it."""

@@ -377,5 +377,10 @@ def test_only_a_file_whose_lines_are_known_by_their_bytes_can_be_split(layout: L
     assert layout.can_split(file) is can
 
 
+def test_a_file_in_another_encoding_as_a_whole_is_told_with_its_name() -> None:
+    with pytest.raises(ContractError, match=r"^a.csv cannot be read as CSV: it is not in utf-16 \(.*BOM\), see csv_encoding; deliver"):
+        read("id\n1\n".encode("utf-16-le"), layout=Layout(encoding="utf-16"))
+
+
 def test_a_row_may_be_a_mebibyte_long() -> None:
     assert csv_records.MAX_ROW_BYTES == MIB

@@ -35,7 +35,7 @@ from beam_jobs.config import Config
 from beam_jobs.run import MonthRun, prepare
 from beam_jobs.runs import garbage
 from schemas import lake, retries, storage
-from schemas.lake import CHAMPION, CURRENT, Champion, Current, Manifest
+from schemas.lake import CHAMPION, CURRENT, Champion, Current, Manifest, Receipt
 from schemas.sample import write_months
 from schemas.storage import Bucket, Folder, Storage, open_storage
 
@@ -372,6 +372,18 @@ def test_bundles_that_fail_once_they_have_written_leave_nothing_that_counts(
     of_stages = {"rows", "rejects", "creatives", "embeddings", "models", "evaluation", "scores", "lookup"}
     assert {name.split("/")[0] for name in orphans} == of_stages
     assert set(garbage(repeated[0], 1)) == orphans
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_packs_of_a_run_that_goes_stay_where_they_are_complete(tmp_path: pathlib.Path, complete: bool) -> None:
+    place = Folder(str(tmp_path))
+    for began, id in enumerate(("old", "new")):
+        place.write(f"runs/2026-08/{id}/inputs.json", json.dumps({"created": f"{began}", "window": []}).encode())
+        place.write(f"creatives/2026-08/{id}/packs/pack.parquet", b"")
+    if complete:
+        lake.commit(place, "creatives/2026-08/old/packs", Manifest("packs", (Receipt("pack", "creatives/2026-08/old/packs/pack.parquet"),)))
+    gone = [*([] if complete else ["creatives/2026-08/old/packs/pack.parquet"]), "runs/2026-08/old/inputs.json"]
+    assert garbage(place, 1) == gone
 
 
 def each(act: Callable[[Made], None], all: Iterable[Made]) -> None:

@@ -156,3 +156,11 @@ def test_a_concurrent_move_is_looked_at_again(tmp_path: pathlib.Path, month: str
     value = Current(month, "mine")
     assert lake.move_pointer(storage, CURRENT, value) is moved
     assert lake.read_pointer(storage, CURRENT, Current)[0] == (value if moved else Current("2026-11", "other"))
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b'{"receipts": [{"file": 1}], "stage": "s"}', b"\xff"])
+def test_a_damaged_manifest_is_told_by_name(tmp_path: pathlib.Path, data: bytes) -> None:
+    storage = Folder(str(tmp_path))
+    storage.write("rows/manifest.json", data)
+    with pytest.raises(ValueError, match=r"rows/manifest.json is damaged \(.*\), expected what its stage wrote; restore it, or remove"):
+        lake.read_manifest(storage, "rows")

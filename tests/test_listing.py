@@ -62,7 +62,7 @@ def test_every_name_is_listed_once(spread: str) -> None:
 @pytest.mark.parametrize("spread", ["counted", "digests", "folders"])
 def test_many_requests_are_under_way_and_few_are_wasted(spread: str) -> None:
     names = Names(SPREADS[spread], 0.005)
-    list_all(names.page, "p/", threads=8)
+    list(list_all(names.page, "p/", threads=8))
     assert names.most == 8 and names.requests < 2.5 * len(names.names) / PAGE
 
 

@@ -16,6 +16,7 @@ from schemas import contract as contracts
 from schemas import lake
 from schemas.lake import CHAMPION, Champion, Manifest, raw_ads, raw_images
 from schemas.parquet import read_parquet
+from schemas.sample import write_months
 from schemas.storage import Folder, Storage, crc32c, open_storage
 
 MONTH = "2026-10"
@@ -280,3 +281,14 @@ def test_a_stage_that_is_not_complete_is_named(storage: Folder) -> None:
     run = run_of(storage)
     with pytest.raises(StageError, match=rf"rows/{MONTH}/{run.id} is not complete; run `adstocrat ingest {MONTH}` first"):
         run.manifest(run.stage("rows"), "ingest")
+
+
+def test_a_file_whose_name_is_no_text_is_left_out(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As an archive that was packed elsewhere leaves them; no row could name it."""
+    caplog.set_level("INFO")
+    write_months(Folder(str(tmp_path)), ["2026-08"], 20, 20, 0, lambda line: None)
+    run = prepare(Config(lake=str(tmp_path)), "2026-08")
+    for folder, name in ((raw_images("2026-08"), b"caf\xe9.jpg"), (raw_ads("2026-08"), b"caf\xe9.csv")):
+        pathlib.Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), folder.encode(), name))).write_bytes(b"x")
+    assert prepare(Config(lake=str(tmp_path)), "2026-08").id == run.id
+    assert r"caf\udce9.jpg' is left out: its name is not UTF-8" in caplog.text and r"caf\udce9.csv' is left out" in caplog.text
