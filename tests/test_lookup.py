@@ -13,7 +13,7 @@ from beam_jobs.run import MonthRun
 from beam_jobs.runner import run_pipeline
 from schemas import tables
 from schemas.contract import Column, Contract
-from schemas.lake import Current, Manifest
+from schemas.lake import Current, Manifest, commit
 from schemas.parquet import write_parquet
 from schemas.storage import Folder
 from serving import store
@@ -142,7 +142,7 @@ def test_each_row_is_found_under_its_key(
     batch = score_rows(run, rows)
     parts = [batch.slice(at, 150) for at in range(0, rows, 150)]
     receipts = [write_parquet(run.storage, "scores", f"unit/{at}", [part]) for at, part in enumerate(parts)]
-    scores = Manifest("score", tuple(receipts), {"encoder": "e", "ranker": "m"})
+    scores = commit(run.storage, run.stage("scores"), Manifest("score", tuple(receipts), {"encoder": "e", "ranker": "m"}))
     run_pipeline(functools.partial(lookup.define_pipeline, run=run, scores=scores), [])
     manifest = run.manifest(run.stage("lookup"), "lookup")
     assert manifest.rows == manifest.count("entries") == rows and len(manifest.receipts) == shards == manifest.info["shards"]
@@ -160,8 +160,7 @@ def test_each_row_is_found_under_its_key(
 
 def test_a_key_that_repeats_is_an_error_that_names_it(run: MonthRun) -> None:
     receipts = tuple(write_parquet(run.storage, "scores", f"unit/{at}", [score_rows(run, 20)]) for at in range(2))
+    scores = commit(run.storage, run.stage("scores"), Manifest("score", receipts, {"encoder": "e", "ranker": "m"}))
     with pytest.raises(ValueError, match="repeats; expected keys that are unique in a month"):
-        run_pipeline(
-            functools.partial(lookup.define_pipeline, run=run, scores=Manifest("score", receipts, {"encoder": "e", "ranker": "m"})), []
-        )
+        run_pipeline(functools.partial(lookup.define_pipeline, run=run, scores=scores), [])
     assert not [name for name in run.storage.names("lookup/") if name.endswith("manifest.json")]

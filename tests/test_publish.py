@@ -394,7 +394,7 @@ def server(uri: str, cache: pathlib.Path) -> Iterator[str]:
     with subprocess.Popen([sys.executable, "-m", "serving", *arguments], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
-            yield re.search(r"http://\S+", process.stdout.readline())[0]  # type: ignore[index]
+            yield re.search(r"http://[\w.:]+", process.stdout.readline())[0]  # type: ignore[index]
         finally:
             process.send_signal(signal.SIGTERM)
 
@@ -436,6 +436,6 @@ def test_every_server_follows_a_rollback(cloud: dict[str, str], proxy: BigQueryP
             assert done.result() == 0
             took = time.monotonic() - began
             print(f"rollback of {place.rows:,} rows: {count} servers followed after {followed:.2f} s, all of it took {took:.1f} s")
-            assert followed <= 2 and took <= 30
+            assert not LONG or (followed <= 2 and took <= 30)
             assert published(place, OCTOBER) == {to}
             assert command(place, "status", "--url", *urls) == 0

@@ -75,7 +75,12 @@ class Months:
         self._commit(run, "creatives", ())
         self._commit(run, "creatives/packs", ())
         pair = {"encoder": "e", "ranker": run.version}
-        made = {"month": month, "encoder": "e", "parent": run.champion and dataclasses.asdict(run.champion)}
+        made = {
+            "month": month,
+            "encoder": "e",
+            "contract": CONTRACT.fingerprint,
+            "parent": run.champion and dataclasses.asdict(run.champion),
+        }
         lake.commit(self.storage, lake.model_folder("ranker", run.version), Manifest("train", (), made))
         same = {
             **{"month": datetime.date.fromisoformat(f"{month}-01"), "image_status": "missing", "score_status": "no_image"},
