@@ -24,7 +24,7 @@ from serving.tokens import Tokens
 
 MAX_HEADER_BYTES = 32 << 10
 # Seconds: for a request to come in whole and its answer to be taken, for an idle connection, to be read by who is refused, and to end.
-REQUEST_SECONDS, IDLE_SECONDS, REFUSED_SECONDS, GRACE_SECONDS = 10, 60, 1.0, 30
+REQUEST_SECONDS, IDLE_SECONDS, REFUSED_SECONDS, GRACE_SECONDS = 5, 60, 1.0, 30
 
 logger = logging.getLogger(__name__)
 
