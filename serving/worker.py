@@ -6,6 +6,7 @@ answered by a line, `{"run": ...}` with what is served now or `{"error": ...}`. 
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import mmap
@@ -135,6 +136,7 @@ async def work(service: Service, listener: socket.socket, control: socket.socket
                 connection.check_time()  # type: ignore[union-attr]
 
     tasks = [asyncio.create_task(follow()), asyncio.create_task(tick())]
+    gc.freeze()  # What is imported stays; to look through it again and again would hold requests up.
     await server.serve([listener])
     for task in tasks:
         task.cancel()
