@@ -88,13 +88,13 @@ class Service:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.perf_counter_ns()
         # The raw path, since in `path` an encoded slash of a key can no longer be told from one that parts the path.
-        path, known, token = scope["raw_path"], None, b""
+        path, known, tokens, token = scope["raw_path"], None, self.tokens, b""
         for name, value in scope["headers"]:
             if name == b"authorization":
                 token = value
             elif name == b"if-none-match":
                 known = value
-        if self.tokens is not None and not self.tokens.allows(token):
+        if tokens is not None and not tokens.allows(token):
             route, answer = self._route(scope), _unauthorized()
         elif path[: len(_SCORES)] == _SCORES:
             route, answer = 0, self._score(scope["method"], path[len(_SCORES) :], known)

@@ -189,7 +189,7 @@ class Table:
         advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         for line in pathlib.Path("/proc/self/maps").read_text().splitlines():
             addresses, *_, path = line.split(maxsplit=5)
-            if path in sizes:
+            if path in sizes and not self._closing:
                 advise(int(addresses.partition("-")[0], 16), sizes[path], _POPULATE_READ)
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ answered by a line, `{"run": ...}` with what is served now or `{"error": ...}`. 
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import mmap
@@ -24,7 +25,7 @@ from serving.tokens import Tokens
 
 MAX_HEADER_BYTES = 32 << 10
 # Seconds: for a request to come in whole and its answer to be taken, for an idle connection, to be read by who is refused, and to end.
-REQUEST_SECONDS, IDLE_SECONDS, REFUSED_SECONDS, GRACE_SECONDS = 10, 60, 1.0, 30
+REQUEST_SECONDS, IDLE_SECONDS, REFUSED_SECONDS, GRACE_SECONDS = 5, 60, 1.0, 30
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +136,7 @@ async def work(service: Service, listener: socket.socket, control: socket.socket
                 connection.check_time()  # type: ignore[union-attr]
 
     tasks = [asyncio.create_task(follow()), asyncio.create_task(tick())]
+    gc.freeze()  # What is imported stays; to look through it again and again would hold requests up.
     await server.serve([listener])
     for task in tasks:
         task.cancel()
