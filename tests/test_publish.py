@@ -111,6 +111,7 @@ def test_a_month_is_replaced_by_one_job_with_one_transaction(place: Months, prox
 
 
 def test_nothing_to_do_is_told_by_the_lake_alone(place: Months, proxy: BigQueryProxy) -> None:
+    assert command(place, "publish", OCTOBER) == 0
     proxy.calls = []
     flags = ["publish", OCTOBER, *place.flags]
     code = (
@@ -332,7 +333,7 @@ def test_back_forth_and_what_status_says(place: Months, proxy: BigQueryProxy, ca
         assert current and champion and champion.ranker == f"{OCTOBER}-{champion.run}"
         return current.run, champion.run
 
-    assert status()[0] == 0 and pointers() == (new, new)
+    assert command(place, "publish", OCTOBER) == 0 and status()[0] == 0 and pointers() == (new, new)
     proxy.calls = []
     assert command(place, "rollback", OCTOBER) == 0
     proxy.check_one_job()
