@@ -44,19 +44,19 @@ class Jobs:
             lambda id: self.client.load_table_from_uri(uris, table, job_id=id, job_config=config),
         )
 
-    def query(self, text: str, stage: str, act: int | None = None) -> list[dict[str, Any]]:
-        """The rows that a query answers; `act` numbers what is to be done once, without it the query may as well be made again."""
+    def query(self, text: str, stage: str, holds: Callable[[], bool] | None = None) -> list[dict[str, Any]]:
+        """The rows that a query answers. One that changes something says by `holds` whether that is so now, and is done once."""
         config = self.bigquery.QueryJobConfig(labels=self._labels(stage), maximum_bytes_billed=self._max_bytes)
-        name = f"{stage}-{uuid.uuid4().hex[:12] if act is None else act}"
-        rows = self.once(name, lambda id: self.client.query(text, job_id=id, job_retry=None, job_config=config))
+        name = stage if holds else f"{stage}-{uuid.uuid4().hex[:12]}"
+        rows = self.once(name, lambda id: self.client.query(text, job_id=id, job_retry=None, job_config=config), holds or (lambda: True))
         return [dict(row) for row in rows]
 
-    def once(self, name: str, send: Callable[[str], Any]) -> Any:
+    def once(self, name: str, send: Callable[[str], Any], holds: Callable[[], bool] = lambda: True) -> Any:
         """The result of a job that `send` sends under the id that it is given; `name` is the same whenever it is to be done only once.
 
         BigQuery refuses an id that was used, even by a job that failed, so each attempt has its own, counted from 1. One that is taken is
-        of an attempt whose answer was lost, or of a command that was killed: that job is waited for, and is the one if it ends without an
-        error.
+        of an attempt whose answer was lost, of a command that was killed, or of long ago: that job is waited for, and is the one if it ends
+        without an error and what it did `holds`.
 
         Raises:
             GoogleAPICallError: it failed in a way that the next attempt would, too.
@@ -72,7 +72,9 @@ class Jobs:
                 except Conflict:
                     taken = True
                     job = self.client.get_job(id)
-                return job.result()
+                result = job.result()
+                if not taken or holds():
+                    return result
             except GoogleAPICallError as error:
                 if not (taken and job and job.error_result):
                     # Aborted by another transaction; or taken, and yet not there.

@@ -3,6 +3,7 @@
 adstocrat status --lake gs://bucket --dataset project.ads --url http://scores:8080
 """
 
+import contextlib
 import dataclasses
 import http.client
 import json
@@ -54,10 +55,12 @@ def status(config: Config, urls: Sequence[str]) -> tuple[list[str], bool]:
     lines = [f"{place.place:<{width}}  {'  '.join(place.run or ('nothing',))}  {place.more}".rstrip() for place in said]
     agree = len({place.run for place in said}) == 1
     if not agree:
-        lines.append(f"they differ; `adstocrat publish {noted.month if noted else 'YYYY-MM'}` makes them the same")
-        if noted and dataset and said[0].run != said[1].run:
-            # Publishing decides by the lake whether there is anything to do.
-            storage.write(lake.differs(noted.month), b"")
+        newest = max(place.run[0] for place in said if place.run)
+        lines.append(f"they differ; `adstocrat publish {newest}` makes them the same")
+        if dataset and said[0].run != said[1].run:
+            # Publishing decides by the lake whether there is anything to do. Who may only read is told all the same.
+            with contextlib.suppress(PermissionError):
+                storage.write(lake.differs(newest), b"")
     if noted:
         lines += _due(config, storage, noted)
     return lines, agree

@@ -46,12 +46,11 @@ class Warehouse:
             self._ensure_table(name)
         for name, view in tables.statements("views", self._values()).items():
             self._ensure_view(name, view)
-        done, acts = self._found()
-        if done:
+        if self._holds():
             return
         staging = {name: self._stage(name, listed) for name, listed in files.items() if listed}
         self._audit(staging["scores"], unaudited)
-        self._jobs.query(self._transaction(staging, row), "publish", acts)
+        self._jobs.query(self._transaction(staging, row), "publish", self._holds)
         for table in staging.values():
             self._client.delete_table(table, not_found_ok=True)
 
@@ -61,20 +60,21 @@ class Warehouse:
         Raises:
             StageError: the month is not this run's rows, all of them and no others.
         """
-        if not self._found()[0]:
+        if not self._holds():
             raise StageError(
                 f"{self._dataset}.scores does not hold {self._rows:,} rows of {self._run.month}, all of run {self._run.id}; "
                 "something else has changed it, run `adstocrat publish` again"
             )
 
-    def _found(self) -> tuple[bool, int]:
-        """Whether the month is the run's, and how often a run was made the month's: the number of the act that would be next."""
+    def _holds(self) -> bool:
+        """Whether the month is the run's: its rows, all of them and no others, and a row of `runs`."""
+        month, ours = f"WHERE {self._month}", f"run_id = '{self._run.id}'"
         found = self._jobs.query(
-            f"SELECT COUNT(*) AS found, COUNTIF(run_id = '{self._run.id}') AS ours, "
-            f"(SELECT COUNT(*) FROM `{self._dataset}.runs` WHERE {self._month}) AS acts FROM `{self._dataset}.scores` WHERE {self._month}",
+            f"SELECT COUNT(*) AS n, COUNTIF({ours}) AS ours, (SELECT COUNT(*) FROM `{self._dataset}.runs` {month} AND {ours}) AS runs "
+            f"FROM `{self._dataset}.scores` {month}",
             "count",
         )[0]
-        return found["found"] == found["ours"] == self._rows and found["acts"] > 0, found["acts"]
+        return found["n"] == found["ours"] == self._rows and found["runs"] > 0
 
     def _values(self) -> dict[str, Any]:
         contract = self._run.contract

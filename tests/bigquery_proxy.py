@@ -50,7 +50,7 @@ class BigQueryProxy(Proxy):
 
     Attributes:
         calls: all so far.
-        fault, where: what is done to the first call for which that holds, given those before it.
+        fault, where: what is done to the first call for which that holds, given those before it, and whose job's id is not taken.
         kill: ends the command.
     """
 
@@ -89,9 +89,10 @@ class _Handler(Handler):
         id = sent["jobReference"]["jobId"] if job else self.path.partition("?")[0].rpartition("/")[2]
         with proxy.turn:
             call = Call(self.command, self.path, job, False)
-            broken = proxy.fault if proxy.fault and proxy.where(proxy.calls, call) else ""
+            taken = bool(job) and id in proxy.used
+            broken = proxy.fault if proxy.fault and not taken and proxy.where(proxy.calls, call) else ""
             proxy.fault = "" if broken else proxy.fault
-            done = broken not in ("503", "409", "aborted", "killed before") and not (job and id in proxy.used)
+            done = broken not in ("503", "409", "aborted", "killed before") and not taken
             proxy.calls.append(dataclasses.replace(call, done=done))
             if job and (done or broken == "aborted"):
                 proxy.used.add(id)
@@ -104,7 +105,7 @@ class _Handler(Handler):
             error = {"reason": "invalidQuery", "message": "Transaction is aborted due to concurrent update against table p:d.scores."}
             proxy.failed[id] = {**sent, "status": {"state": "DONE", "errorResult": error, "errors": [error]}}
             self._answer(200, proxy.failed[id])
-        elif job and not done:
+        elif taken:
             self._answer(409, {"error": {"code": 409, "message": f"Already Exists: Job {id}", "errors": [{"reason": "duplicate"}]}})
         elif id in proxy.failed:
             self._answer(200, proxy.failed[id])

@@ -24,6 +24,11 @@ def file(tmp_path: pathlib.Path) -> pathlib.Path:
         ("lake: gs://bucket\ndataset: p.d\n", {"window_months": 12}, Config("gs://bucket", dataset="p.d", window_months=12)),
         ("# nothing\n", {"lake": "./a"}, Config("./a")),
         ("", {"lake": "./a"}, Config("./a")),
+        (
+            "lake: ./a\npublish: {max_mean_shift: 0.2, gone: [device=tv, a=b=c]}",
+            {"accept_shift": True},
+            Config("./a", publish_max_mean_shift=0.2, publish_gone=("device=tv", "a=b=c"), accept_shift=True),
+        ),
         ("lake: ./a\ndataset: null\ncontract: ads.pbtxt", {}, Config("./a", contract="ads.pbtxt")),
     ],
 )
@@ -57,6 +62,9 @@ def test_flags_alone_are_enough() -> None:
         ("lake: ./a\nwindow_months: 0", "window_months is 0; expected a whole number of at least 1"),
         ("lake: ./a\nfetch_threads: 0", "fetch_threads is 0; expected a whole number of at least 1"),
         ("lake: ./a\nmax_bytes_billed: 0", "max_bytes_billed is 0; expected a whole number of at least 1"),
+        ("lake: ./a\npublish: {max_mean_shift: 0}", "publish_max_mean_shift is 0; expected a number above 0, such as 0.1"),
+        ("lake: ./a\npublish: {gone: device=tv}", "publish_gone is 'device=tv'; expected a list of COLUMN=VALUE"),
+        ("lake: ./a\naccept_shift: 1", "accept_shift is 1; expected true or false"),
         ("lake: gs://bucket\ndataset: ads", "dataset is 'ads'; expected PROJECT.DATASET, such as my-project.ads"),
         ("lake: gs://bucket\ndataset: p.d.t", "dataset is 'p.d.t'; expected PROJECT.DATASET"),
         ("lake: gs://bucket\ndataset: 1.5", "dataset is 1.5; expected text"),

@@ -61,15 +61,15 @@ def command(place: Months, name: str, *arguments: str) -> int:
 
 
 def rows(place: Months, text: str) -> list[dict[str, Any]]:
-    """The answer to a query, of the emulator itself; `{}` is the dataset."""
+    """The answer to a query, of the emulator itself; `DATASET` is the one."""
     dataset = str(place.config.dataset)
-    return [dict(row) for row in connect(dataset.partition(".")[0], "US").query(text.format(dataset)).result()]
+    return [dict(row) for row in connect(dataset.partition(".")[0], "US").query(text.replace("DATASET", dataset)).result()]
 
 
 def published(place: Months, month: str) -> set[str]:
     """The runs whose rows the month has, each row of which is there once and all of them."""
     (found,) = rows(
-        place, f"SELECT COUNT(*) AS n, COUNT(DISTINCT key) AS k, MIN(run_id) AS a, MAX(run_id) AS b FROM `{{}}.scores` WHERE {of(month)}"
+        place, f"SELECT COUNT(*) AS n, COUNT(DISTINCT key) AS k, MIN(run_id) AS a, MAX(run_id) AS b FROM `DATASET.scores` WHERE {of(month)}"
     )
     assert found["n"] == found["k"] == place.rows
     return {found["a"], found["b"]}
@@ -101,16 +101,17 @@ def test_a_month_is_replaced_by_one_job_with_one_transaction(place: Months, prox
     assert {job["labels"]["adstocrat_stage"] for job in sent} == {"load", "audit", "publish", "count"}
     assert all(int(job["query"]["maximumBytesBilled"]) == place.config.max_bytes_billed for job in sent if "query" in job)
     # All of it again, in the order of runs; the other tables have the month once.
-    noted = rows(place, f"SELECT run_id, scored_rows, promoted, why FROM `{{}}.runs` WHERE {of(OCTOBER)} ORDER BY published")
+    noted = rows(place, f"SELECT run_id, scored_rows, promoted, why FROM `DATASET.runs` WHERE {of(OCTOBER)} ORDER BY published")
     assert noted == [{"run_id": run, "scored_rows": ROWS, "promoted": True, "why": 'it is "better"'} for run in (old, new)]
-    assert rows(place, f"SELECT run_id FROM `{{}}.quality` WHERE {of(OCTOBER)}") == [{"run_id": new}]
-    assert rows(place, f"SELECT COUNT(*) AS n, SUM(impressions) AS i, SUM(clicks) AS c FROM `{{}}.outcomes` WHERE {of(OCTOBER)}") == [
+    assert rows(place, f"SELECT run_id FROM `DATASET.quality` WHERE {of(OCTOBER)}") == [{"run_id": new}]
+    assert rows(place, f"SELECT COUNT(*) AS n, SUM(impressions) AS i, SUM(clicks) AS c FROM `DATASET.outcomes` WHERE {of(OCTOBER)}") == [
         {"n": 400, "i": sum(n % 5 + 1 for n in range(ROWS) if n % 3), "c": sum(n % 2 for n in range(ROWS) if n % 3)}
     ]
     assert not [table for table in connect("p", "US").list_tables(str(place.config.dataset)) if "staging" in table.table_id]
 
 
 def test_nothing_to_do_is_told_by_the_lake_alone(place: Months, proxy: BigQueryProxy) -> None:
+    assert command(place, "publish", OCTOBER) == 0
     proxy.calls = []
     flags = ["publish", OCTOBER, *place.flags]
     code = (
@@ -136,24 +137,24 @@ def test_tables_and_views_are_described_partitioned_and_clustered(place: Months)
 
 
 def test_the_views_say_what_plain_code_computes(place: Months) -> None:
-    scores = {row["key"]: row for row in rows(place, f"SELECT * FROM `{{}}.scores` WHERE {of(OCTOBER)}")}
-    current = {row["key"]: row for row in rows(place, "SELECT * FROM `{}.current_scores`")}
+    scores = {row["key"]: row for row in rows(place, f"SELECT * FROM `DATASET.scores` WHERE {of(OCTOBER)}")}
+    current = {row["key"]: row for row in rows(place, "SELECT * FROM `DATASET.current_scores`")}
     assert current == scores
-    changes = rows(place, "SELECT * FROM `{}.score_changes`")
+    changes = rows(place, "SELECT * FROM `DATASET.score_changes`")
     assert {row["key"] for row in changes} == set(scores) and {(row["ad"], row["new_model"]) for row in changes} == {("kept", True)}
     assert all(row["difference"] == row["p_click"] - row["last_p_click"] for row in changes)
-    summary = {(row["segment"], row["value"]): row for row in rows(place, f"SELECT * FROM `{{}}.segment_summary` WHERE {of(OCTOBER)}")}
+    summary = {(row["segment"], row["value"]): row for row in rows(place, f"SELECT * FROM `DATASET.segment_summary` WHERE {of(OCTOBER)}")}
     assert set(summary) == {("overall", None), *(("device", device) for device in DEVICES.to_pylist())}
     mobile = [row["p_click"] for row in scores.values() if row["device"] == "mobile"]
     assert summary["device", "mobile"]["ads"] == len(mobile) == summary["device", "mobile"]["without_image"]
     assert summary["device", "mobile"]["mean_p_click"] == pytest.approx(sum(mobile) / len(mobile))
     # September's scores against October's outcomes.
-    bins = rows(place, f"SELECT * FROM `{{}}.calibration` WHERE {of(SEPTEMBER)} ORDER BY p_click_from")
+    bins = rows(place, f"SELECT * FROM `DATASET.calibration` WHERE {of(SEPTEMBER)} ORDER BY p_click_from")
     assert [row["p_click_from"] for row in bins] == [2**-6, 2**-5, 2**-4] and sum(row["ads"] for row in bins) == 400
     expected = sum(scores[f"k{n}"]["p_click"] * (n % 5 + 1) for n in range(ROWS) if n % 3)
     assert sum(row["predicted_clicks"] for row in bins) == pytest.approx(expected)
     assert all(row["calibration"] == pytest.approx(row["predicted_clicks"] / row["clicks"]) for row in bins)
-    assert rows(place, f"SELECT image_status, ads, share FROM `{{}}.image_faults` WHERE {of(OCTOBER)}") == [
+    assert rows(place, f"SELECT image_status, ads, share FROM `DATASET.image_faults` WHERE {of(OCTOBER)}") == [
         {"image_status": "missing", "ads": ROWS, "share": 1.0}
     ]
 
@@ -166,7 +167,7 @@ def test_the_queries_of_the_readme_run(place: Months) -> None:
     views = set(tables.statements("views", {"dataset": "", "segments": "", "columns": ""}))
     assert views <= set(re.findall(r"PROJECT\.ads\.(\w+)", "".join(queries)))
     for query in queries:
-        rows(place, query.replace("PROJECT.ads", "{}"))
+        rows(place, query.replace("PROJECT.ads", "DATASET"))
 
 
 # --- What stops it ---
@@ -185,7 +186,7 @@ def test_a_change_from_last_month_is_to_be_accepted(
     assert f"audit change_mean refused the scores of {november}, nothing is published; expected: " in capsys.readouterr().err
     assert command(other, "publish", november, *gone, "--accept-shift") == 0 and len(published(other, november)) == 1
     for table in tables.TABLES:
-        rows(place, f"DELETE FROM `{{}}.{table}` WHERE {of(november)}")
+        rows(place, f"DELETE FROM `DATASET.{table}` WHERE {of(november)}")
 
 
 def test_each_audit_finds_what_it_is_for(cloud: dict[str, str]) -> None:
@@ -298,12 +299,12 @@ def test_whatever_becomes_of_a_call_the_next_try_completes(place: Months, proxy:
 def test_two_jobs_instead_of_one_are_noticed(place: Months, proxy: BigQueryProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     query = Jobs.query
 
-    def in_two(self: Jobs, text: str, stage: str, act: int | None = None) -> list[dict[str, Any]]:
+    def in_two(self: Jobs, text: str, stage: str, holds: Any = None) -> list[dict[str, Any]]:
         if stage != "publish":
-            return query(self, text, stage, act)
+            return query(self, text, stage, holds)
         begin, delete, *others = text.splitlines()
-        query(self, "\n".join((begin, delete, others[-1])), stage, act)
-        return query(self, "\n".join((begin, *others)), "publish-rest", act)
+        query(self, "\n".join((begin, delete, others[-1])), stage, holds)
+        return query(self, "\n".join((begin, *others)), "publish-rest", holds)
 
     _, new = next_version(place)
     with monkeypatch.context() as patched:
@@ -332,7 +333,7 @@ def test_back_forth_and_what_status_says(place: Months, proxy: BigQueryProxy, ca
         assert current and champion and champion.ranker == f"{OCTOBER}-{champion.run}"
         return current.run, champion.run
 
-    assert status()[0] == 0 and pointers() == (new, new)
+    assert command(place, "publish", OCTOBER) == 0 and status()[0] == 0 and pointers() == (new, new)
     proxy.calls = []
     assert command(place, "rollback", OCTOBER) == 0
     proxy.check_one_job()
@@ -351,7 +352,7 @@ def test_back_forth_and_what_status_says(place: Months, proxy: BigQueryProxy, ca
     lake.move_pointer(place.storage, CHAMPION, Champion("e", f"{OCTOBER}-{old}", OCTOBER, old))
     lake.move_pointer(place.storage, CURRENT, Current(OCTOBER, new))
     assert status()[0] == 3 and command(place, "publish", OCTOBER) == 0 and status()[0] == 0
-    rows(place, f"DELETE FROM `{{}}.scores` WHERE {of(OCTOBER)} AND key = 'k7'")
+    rows(place, f"DELETE FROM `DATASET.scores` WHERE {of(OCTOBER)} AND key = 'k7'; DELETE FROM `DATASET.runs` WHERE {of(OCTOBER)}")
     code, said = status()
     assert code == 3 and f"they differ; `adstocrat publish {OCTOBER}`" in said
     assert command(place, "publish", OCTOBER) == 0 and status()[0] == 0 and published(place, OCTOBER) == {new}

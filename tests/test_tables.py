@@ -44,8 +44,28 @@ def test_arrow_and_bigquery_agree(contract: Contract) -> None:
     assert len(set(schema.names)) == len(schema.names)
 
 
-def test_every_column_is_described() -> None:
-    assert all(field["description"].endswith(".") for field in tables.fields("scores", MIXED))
+@pytest.mark.parametrize("table", tables.TABLES)
+def test_every_table_and_column_is_described(table: str) -> None:
+    fields = tables.fields(table, MIXED)
+    assert tables.TABLES[table].description.endswith(".") and all(field["description"].endswith(".") for field in fields)
+    assert fields[0]["name"] == "month" and set(tables.TABLES[table].clustering) <= {field["name"] for field in fields}
+
+
+@pytest.mark.parametrize("folder", ["views", "audits"])
+def test_every_view_and_audit_is_one_described_select(folder: str) -> None:
+    values = dict.fromkeys(["dataset", "staging", "scores", "rows", "month", "last", "run", "max_mean_shift", "gone", "columns"], "x")
+    for name, statement in tables.statements(folder, {**values, "segments": tables.segments(MIXED)}).items():
+        assert statement.description.endswith(".") and statement.text.startswith(("SELECT", "WITH")), name
+        assert ";" not in statement.text and "--" not in statement.text, name
+
+
+def test_segments_and_literals_in_sql() -> None:
+    assert tables.segments(Contract((KEY,))) == "ARRAY<STRUCT<segment STRING, value STRING>>[('overall', CAST(NULL AS STRING))]"
+    assert tables.segments(MIXED).endswith(
+        "[('overall', CAST(NULL AS STRING)), ('market', CAST(`market` AS STRING)), ('weight', CAST(`weight` AS STRING))]"
+    )
+    assert tables.listed([("a", 'it\'s "b"\\')]).endswith('[("a", "it\'s \\"b\\"\\\\")]')
+    assert [tables.literal(value) for value in (True, 3, "é\n")] == ["true", "3", '"é\\n"']
 
 
 @pytest.mark.parametrize("name", [field["name"] for field in FIXED])
