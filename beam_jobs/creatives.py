@@ -13,7 +13,7 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -78,14 +78,13 @@ def pack_files(storage: Storage) -> list[str]:
     return [receipt.file for receipt in lake.pack_receipts(storage, "creatives/") if receipt.file]
 
 
-def _listing_files(run: MonthRun) -> list[str]:
-    return [listing_file(run)]
-
-
 def _paired(root: beam.Pipeline, run: MonthRun, shards: int, assign: Any) -> beam.PCollection:
     sides = []
-    known = functools.partial(pack_files, run.storage)
-    for label, files, columns in (("Listing", functools.partial(_listing_files, run), LISTING.names), ("Known", known, FILES.names)):
+    listed: tuple[tuple[str, Callable[[], list[str]], list[str]], ...] = (
+        ("Listing", lambda: [listing_file(run)], LISTING.names),
+        ("Known", lambda: pack_files(run.storage), FILES.names),
+    )
+    for label, files, columns in listed:
         sides.append(
             root
             | f"{label}Files" >> Listed(run, files, str)

@@ -96,7 +96,7 @@ def define_gather_pipeline(root: beam.Pipeline, run: MonthRun, encoder: str, mon
     )
     embedded = (
         root
-        | "Embeddings" >> Listed(run, functools.partial(_embedding_files, storage, encoder), str)
+        | "Embeddings" >> Listed(run, lambda: [receipt.file for receipt in _embedded(storage, encoder)], str)
         | "SpreadEmbeddings" >> beam.Reshuffle()
         | "ReadEmbeddings" >> beam.FlatMap(functools.partial(read_parquet, storage)).with_output_types(pa.RecordBatch)
         | "ShardEmbeddings" >> Repartition(storage, spill, shards, by_creative, unit_rows=None)
@@ -114,10 +114,6 @@ def define_gather_pipeline(root: beam.Pipeline, run: MonthRun, encoder: str, mon
 def _index_files(run: MonthRun, month: str, id: str) -> list[tuple[str, int]]:
     index = run.manifest(lake.stage_folder("creatives", month, id), "creatives")
     return [(receipt.file, shard_of_unit(receipt.unit)) for receipt in index.receipts if receipt.file]
-
-
-def _embedding_files(storage: Storage, encoder: str) -> list[str]:
-    return [receipt.file for receipt in _embedded(storage, encoder)]
 
 
 def _embedded(storage: Storage, encoder: str) -> list[Receipt]:

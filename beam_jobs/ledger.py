@@ -120,14 +120,10 @@ def show(ledger: Mapping[str, Any]) -> str:
 
 
 def _used(steps: Mapping[str, Mapping[str, float]]) -> str:
-    """Seconds by step, and the hours that a service told of, by the kind of what was used."""
-    hours = {
-        told: sum(values.get(name, 0) for values in steps.values()) / 3600
-        for name, told in (("TotalVcpuTime", "vCPU hours"), ("TotalGpuTime", "GPU hours"))
-    }
+    """Seconds by step, and the hours that a service told of."""
+    vcpu, gpu = (sum(values.get(name, 0) for values in steps.values()) / 3600 for name in ("TotalVcpuTime", "TotalGpuTime"))
     seconds = ", ".join(f"{step} {values['seconds']:,.0f} s" for step, values in steps.items())
-    told = ", ".join(f"{value:,.2f} {kind}" for kind, value in hours.items() if value)
-    return f"{seconds}; {told}" if told else seconds
+    return f"{seconds}; {vcpu:,.2f} vCPU hours, {gpu:,.2f} GPU hours" if vcpu else seconds
 
 
 def _parquet_rows(storage: Storage, files: list[str]) -> int:

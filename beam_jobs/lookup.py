@@ -46,7 +46,7 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun, scores: Manifest) -> Non
     }
     _ = (
         root
-        | "Scores" >> Listed(run, functools.partial(score_files, run), str)
+        | "Scores" >> Listed(run, lambda: run.manifest(run.stage("scores"), "score").files, str)
         | "SpreadScores" >> beam.Reshuffle()
         | "ReadScores" >> beam.FlatMap(functools.partial(read_scores, run.storage)).with_output_types(pa.RecordBatch)
         | "ShardByKey" >> Repartition(run.storage, run.spill, shards, functools.partial(shard_of_key, shards=shards), unit_rows=None)
@@ -54,10 +54,6 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun, scores: Manifest) -> Non
         | "WriteShard" >> beam.Map(write_shard, run.storage, folder, shards).with_output_types(Receipt)
         | "CommitLookup" >> CommitStage(run.storage, folder, store.STAGE, info)
     )
-
-
-def score_files(run: MonthRun) -> list[str]:
-    return run.manifest(run.stage("scores"), "score").files
 
 
 def read_scores(storage: Storage, file: str) -> Iterator[pa.RecordBatch]:

@@ -143,19 +143,16 @@ def show(run: MonthRun) -> str:
         f"  delivered  about {month.rows:,} rows in {len(run.ads):,} files of {size / 1e9:,.3f} GB; "
         f"{month.images:,} images, {month.new_images:,} of them new, of {month.new_bytes / 1e9:,.3f} GB",
     ]
-    for stage in STAGES:
-        told = next((_told(each, config) for each in todo if each.stage == stage.name), "complete" if stage.name in complete else "")
-        lines.append(f"  {stage.name:<10} {told or 'the launcher alone, and BigQuery'}")
-    vcpu, gpu = sum(each.vcpu_hours for each in todo), sum(each.gpu_hours for each in todo)
-    reads, writes = sum(each.reads for each in todo), sum(each.writes for each in todo)
-    lines.append(
-        f"  in all     {vcpu:,.2f} vCPU hours, {gpu:,.2f} hours of a worker with a GPU, {reads:,} reads and {writes:,} writes of the bucket"
+    told = dict.fromkeys(complete, "complete")
+    for each in todo:
+        hours = f"{each.gpu_hours:,.3f} GPU worker hours" if each.gpu_hours else f"{each.vcpu_hours:,.3f} vCPU hours"
+        told[each.stage] = f"{each.units:,} {each.what}, {hours}, {each.cost(config):,.3f}"
+    lines += [f"  {stage.name:<10} {told.get(stage.name, 'the launcher alone, and BigQuery')}" for stage in STAGES]
+    vcpu, gpu, reads, writes = (sum(getattr(each, name) for each in todo) for name in ("vcpu_hours", "gpu_hours", "reads", "writes"))
+    return "\n".join(
+        (
+            *lines,
+            f"  in all     {vcpu:,.2f} vCPU hours, {gpu:,.2f} GPU worker hours, {reads:,} reads and {writes:,} writes of the bucket",
+            f"  estimate   {sum(each.cost(config) for each in todo):,.2f} at the prices of the config, without storage and BigQuery",
+        )
     )
-    cost = sum(each.cost(config) for each in todo)
-    lines.append(f"  estimate   {cost:,.2f} at the prices of the config, storage and BigQuery not included; rates: docs/scale.md")
-    return "\n".join(lines)
-
-
-def _told(each: Work, config: Config) -> str:
-    hours = f"{each.gpu_hours:,.3f} GPU worker hours" if each.gpu_hours else f"{each.vcpu_hours:,.3f} vCPU hours"
-    return f"{each.units:,} {each.what}, {hours}, {each.cost(config):,.3f}"

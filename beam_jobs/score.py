@@ -29,7 +29,7 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun, evaluation: Manifest) ->
     info = {"encoder": encoder, "ranker": ranker}
     _ = (
         root
-        | "Units" >> Listed(run, functools.partial(units, run, encoder), Receipt)
+        | "Units" >> Listed(run, lambda: month_rows(run, run.month, run.id, encoder).units, Receipt)
         | "SpreadUnits" >> beam.Reshuffle()
         | "Join" >> beam.FlatMap(functools.partial(read_unit, run, encoder)).with_output_types(Named)
         | "Score" >> RunInference(RankerHandler(run.storage, ranker, [c.name for c in run.contract.carried])).with_output_types(Named)
@@ -37,10 +37,6 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun, evaluation: Manifest) ->
         | "WriteScores" >> beam.ParDo(WriteUnits(run.storage, run.stage("scores"), count)).with_output_types(Receipt)
         | "CommitScores" >> CommitStage(run.storage, run.stage("scores"), "score", info)
     )
-
-
-def units(run: MonthRun, encoder: str) -> list[Receipt]:
-    return month_rows(run, run.month, run.id, encoder).units
 
 
 def read_unit(run: MonthRun, encoder: str, unit: Receipt) -> Iterator[Named]:

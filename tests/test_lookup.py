@@ -13,7 +13,7 @@ from beam_jobs.run import MonthRun
 from beam_jobs.runner import run_pipeline
 from schemas import tables
 from schemas.contract import Column, Contract
-from schemas.lake import Current, Manifest, commit
+from schemas.lake import Current, Manifest, Receipt, commit
 from schemas.parquet import write_parquet
 from schemas.storage import Folder
 from serving import store
@@ -134,6 +134,10 @@ def run(tmp_path: pathlib.Path) -> MonthRun:
     return MonthRun(Folder(lake), CONTRACT, Config(lake=lake), "2026-10", "r", (), None, None)
 
 
+def scored(run: MonthRun, *receipts: Receipt) -> Manifest:
+    return commit(run.storage, run.stage("scores"), Manifest("score", receipts, {"encoder": "e", "ranker": "m"}))
+
+
 @pytest.mark.parametrize(("rows", "unit_rows", "shards"), [(1, 1_000_000, 1), (400, 1_000_000, 1), (400, 50, 8)])
 def test_each_row_is_found_under_its_key(
     run: MonthRun, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, rows: int, unit_rows: int, shards: int
@@ -142,8 +146,7 @@ def test_each_row_is_found_under_its_key(
     batch = score_rows(run, rows)
     parts = [batch.slice(at, 150) for at in range(0, rows, 150)]
     receipts = [write_parquet(run.storage, "scores", f"unit/{at}", [part]) for at, part in enumerate(parts)]
-    scores = commit(run.storage, run.stage("scores"), Manifest("score", tuple(receipts), {"encoder": "e", "ranker": "m"}))
-    run_pipeline(functools.partial(lookup.define_pipeline, run=run, scores=scores), [])
+    run_pipeline(functools.partial(lookup.define_pipeline, run=run, scores=scored(run, *receipts)), [])
     manifest = run.manifest(run.stage("lookup"), "lookup")
     assert manifest.rows == manifest.count("entries") == rows and len(manifest.receipts) == shards == manifest.info["shards"]
     table = store.fetch(run.storage, Current("2026-10", "r"), tmp_path / "cache")
@@ -160,7 +163,6 @@ def test_each_row_is_found_under_its_key(
 
 def test_a_key_that_repeats_is_an_error_that_names_it(run: MonthRun) -> None:
     receipts = tuple(write_parquet(run.storage, "scores", f"unit/{at}", [score_rows(run, 20)]) for at in range(2))
-    scores = commit(run.storage, run.stage("scores"), Manifest("score", receipts, {"encoder": "e", "ranker": "m"}))
     with pytest.raises(ValueError, match="repeats; expected keys that are unique in a month"):
-        run_pipeline(functools.partial(lookup.define_pipeline, run=run, scores=scores), [])
+        run_pipeline(functools.partial(lookup.define_pipeline, run=run, scores=scored(run, *receipts)), [])
     assert not [name for name in run.storage.names("lookup/") if name.endswith("manifest.json")]
