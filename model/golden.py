@@ -47,16 +47,14 @@ def check(folder: pathlib.Path) -> str:
 
 
 def _main(folder: pathlib.Path) -> int:
-    from model import tensorflow
-    from model.ranker import Ranker
-
-    tensorflow.load()
-    ranker = Ranker.load(folder)
     try:
         table = pa.ipc.open_file(folder / FILE).read_all()
     except FileNotFoundError:
         print(f"it has no {FILE}")
         return 1
+    from model.ranker import Ranker
+
+    ranker = Ranker.load(folder)
     expected = table[SCORE].to_numpy()
     batches = table.drop_columns(SCORE).combine_chunks().to_batches()
     scores = np.concatenate([ranker.predict(batch) for batch in batches])
