@@ -247,7 +247,7 @@ def decide(judged: Sequence[Judged], run: MonthRun, plan: Plan) -> Manifest:
     if plan.broken and CHAMPION not in known:
         raise StageError(f"{plan.broken}; there is no champion to score {run.month} with, so remove its folder and train again")
     if run.champion and CHAMPION not in known:
-        ruling["why"] += "; the champion is of another contract or encoder, and cannot score these rows"
+        ruling["why"] += "; the champion is of another contract, and cannot score these rows"
     pairs = {CANDIDATE: candidate(run), **known}
     pair = pairs[CANDIDATE if ruling["promoted"] else CHAMPION]
     metrics = {name: evaluation.overall.metrics(model) for model, name in enumerate(evaluation.models)}

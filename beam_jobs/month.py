@@ -131,12 +131,22 @@ def _embed(run: MonthRun, flags: Flags) -> None:
     from beam_jobs import embed
 
     run.manifest(_encoder_folder(run), "encoder")
-    if lake.read_manifest(run.storage, _embeddings(run) + "/packs") is None:
-        _pipeline("embed-packs", embed.define_pack_pipeline, flags, run, run.encoder)
-    # A new encoder has to embed the whole window; otherwise only this month is left.
-    for month, id in run.window:
-        if lake.read_manifest(run.storage, lake.embeddings_folder(run.encoder, month, id)) is None:
-            _pipeline(f"embed-{month}", embed.define_gather_pipeline, flags, run, run.encoder, month, id)
+    encoders = list(dict.fromkeys(encoder for encoder, _, _ in _to_embed(run)))
+    for number, encoder in enumerate(encoders):
+        if lake.read_manifest(run.storage, lake.embeddings_folder(encoder, run.month, run.id) + "/packs") is None:
+            _pipeline(f"embed-packs-{number}", embed.define_pack_pipeline, flags, run, encoder)
+    for encoder, month, id in _to_embed(run):
+        number = encoders.index(encoder)
+        if lake.read_manifest(run.storage, lake.embeddings_folder(encoder, month, id)) is None:
+            _pipeline(f"embed-{number}-{month}", embed.define_gather_pipeline, flags, run, encoder, month, id)
+
+
+def _to_embed(run: MonthRun) -> list[tuple[str, str, str]]:
+    """Encoder, month and run of the embeddings that there must be: of the whole window, for training and for the gate, by each pair's."""
+    from beam_jobs.pairs import peers
+
+    encoders = [run.encoder, *sorted({pair.encoder for pair in peers(run).values()} - {run.encoder})]
+    return [(encoder, *month) for encoder in encoders for month in run.window]
 
 
 def _embeddings(run: MonthRun) -> str:
@@ -144,7 +154,7 @@ def _embeddings(run: MonthRun) -> str:
 
 
 def _embed_is_complete(run: MonthRun) -> bool:
-    return all(lake.read_manifest(run.storage, lake.embeddings_folder(run.encoder, month, id)) for month, id in run.window)
+    return all(lake.read_manifest(run.storage, lake.embeddings_folder(*wanted)) for wanted in _to_embed(run))
 
 
 def _tell_embed(run: MonthRun) -> tuple[str, int]:

@@ -19,7 +19,5 @@ def peers(run: MonthRun) -> dict[str, Champion]:
     return {
         name: pair
         for name, pair in named.items()
-        if pair
-        and pair.encoder == run.known_encoder
-        and registry.manifest(run.storage, "ranker", pair.ranker).info["contract"] == run.contract.fingerprint
+        if pair and registry.manifest(run.storage, "ranker", pair.ranker).info["contract"] == run.contract.fingerprint
     }

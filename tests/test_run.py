@@ -11,7 +11,7 @@ import pytest
 
 from beam_jobs import run as runs
 from beam_jobs.config import Config
-from beam_jobs.run import LISTING, MonthRun, StageError, champion_before, listing_file, prepare
+from beam_jobs.run import LISTING, MonthRun, StageError, champion_before, earlier_champion, listing_file, prepare
 from schemas import contract as contracts
 from schemas import lake
 from schemas.lake import CHAMPION, Champion, Manifest, raw_ads, raw_images
@@ -292,3 +292,52 @@ def test_a_file_whose_name_is_no_text_is_left_out(tmp_path: pathlib.Path, caplog
         pathlib.Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), folder.encode(), name))).write_bytes(b"x")
     assert prepare(Config(lake=str(tmp_path)), "2026-08").id == run.id
     assert r"caf\udce9.jpg' is left out: its name is not UTF-8" in caplog.text and r"caf\udce9.csv' is left out" in caplog.text
+
+
+# --- the champion of half a year ago ------------------------------------------------------------------------------------------------------
+
+
+def judged(storage: Storage, month: str, ranker: str, at: int = 1, contract: str = SAME, run: str = "r") -> None:
+    """A month that was published, scored with that ranker."""
+    lake.commit(storage, lake.stage_folder("evaluation", month, run), Manifest("evaluate", (), {"encoder": "e", "ranker": ranker}))
+    lake.commit(
+        storage, lake.model_folder("ranker", ranker), Manifest("ranker", (), {"contract": contract, "month": month, "parent": None})
+    )
+    published(storage, month, run, at)
+
+
+@pytest.mark.parametrize(
+    ("months", "expected"),
+    [
+        ({}, None),
+        ({"2026-09": "now"}, None),
+        ({"2026-08": "a", "2026-09": "now"}, ("2026-08", "a")),
+        ({"2026-03": "z", "2026-04": "a", "2026-05": "b", "2026-09": "now"}, ("2026-04", "a")),
+        ({"2026-03": "z", "2026-09": "now"}, None),
+        # What was champion then is champion still.
+        ({"2026-04": "now", "2026-05": "b", "2026-09": "now"}, None),
+    ],
+)
+def test_the_champion_of_half_a_year_ago(storage: Folder, months: dict[str, str], expected: tuple[str, str] | None) -> None:
+    for at, (month, ranker) in enumerate(months.items()):
+        judged(storage, month, ranker, at + 1)
+    found = earlier_champion(storage, contracts.load(contracts.DEFAULT), MONTH, Champion("e", "now", "2026-09", "r"))
+    assert (found and (found.month, found.ranker)) == expected
+
+
+def test_of_half_a_year_ago_counts_what_is_kept_and_of_this_contract(storage: Folder) -> None:
+    judged(storage, "2026-04", "other contract", 1, contract="other")
+    judged(storage, "2026-05", "gone", 2)
+    storage.delete("models/ranker/gone/")
+    judged(storage, "2026-06", "first", 3)
+    judged(storage, "2026-06", "last", 4, run="again")
+    found = earlier_champion(storage, contracts.load(contracts.DEFAULT), MONTH, Champion("e", "now", "2026-09", "r"))
+    assert found == Champion("e", "last", "2026-06", "again")
+
+
+def test_the_champion_of_half_a_year_ago_is_part_of_the_run(storage: Folder) -> None:
+    promote(storage, CHAIN[:1])
+    before = run_of(storage)
+    judged(storage, "2026-05", "old")
+    after = run_of(storage)
+    assert before.earlier_champion is None and after.earlier_champion == Champion("e", "old", "2026-05", "r") and after.id != before.id
