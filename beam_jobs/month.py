@@ -134,12 +134,20 @@ def _embed(run: MonthRun, flags: Flags) -> None:
     from beam_jobs import embed
 
     run.manifest(_encoder_folder(run), "encoder")
-    if lake.read_manifest(run.storage, _embeddings(run) + "/packs") is None:
-        _pipeline(embed.define_pack_pipeline, flags, run, run.encoder)
-    # A new encoder has to embed the whole window; otherwise only this month is left.
-    for month, id in run.window:
-        if lake.read_manifest(run.storage, lake.embeddings_folder(run.encoder, month, id)) is None:
-            _pipeline(embed.define_gather_pipeline, flags, run, run.encoder, month, id)
+    for encoder in dict.fromkeys(encoder for encoder, _, _ in _to_embed(run)):
+        if lake.read_manifest(run.storage, lake.embeddings_folder(encoder, run.month, run.id) + "/packs") is None:
+            _pipeline(embed.define_pack_pipeline, flags, run, encoder)
+    for encoder, month, id in _to_embed(run):
+        if lake.read_manifest(run.storage, lake.embeddings_folder(encoder, month, id)) is None:
+            _pipeline(embed.define_gather_pipeline, flags, run, encoder, month, id)
+
+
+def _to_embed(run: MonthRun) -> list[tuple[str, str, str]]:
+    """Encoder, month and run of the embeddings that there must be: of the window by the run's encoder, of this month by its peers'."""
+    from beam_jobs.pairs import peers
+
+    others = sorted({pair.encoder for pair in peers(run).values()} - {run.encoder})
+    return [(run.encoder, *month) for month in run.window] + [(encoder, run.month, run.id) for encoder in others]
 
 
 def _embeddings(run: MonthRun) -> str:
@@ -147,7 +155,7 @@ def _embeddings(run: MonthRun) -> str:
 
 
 def _embed_is_complete(run: MonthRun) -> bool:
-    return all(lake.read_manifest(run.storage, lake.embeddings_folder(run.encoder, month, id)) for month, id in run.window)
+    return all(lake.read_manifest(run.storage, lake.embeddings_folder(*wanted)) for wanted in _to_embed(run))
 
 
 def _tell_embed(run: MonthRun) -> tuple[str, int]:

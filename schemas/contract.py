@@ -10,6 +10,8 @@ It is a TensorFlow Metadata `Schema` in text form, so that other tools read it t
     position      where the ad was shown; an input in training, held at `reference:N` (default 1) in scoring
     segment       sliced by in the gate and in reports, and carried into the score table; a feature as well
     categorical   an INT column whose numbers are names (BYTES columns always are)
+    history       a column such as campaign or advertiser, of which what happened in earlier months is a feature as well
+    allow         a feature that stays one though it seems to tell the outcome (model/leakage.py)
     ignore        read and dropped
 
 All other columns are features.
@@ -27,11 +29,20 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 DEFAULT = pathlib.Path(__file__).with_name("ads.pbtxt")
-TAGS = ("key", "image", "clicked", "clicks", "impressions", "position", "segment", "categorical", "ignore")
+TAGS = ("key", "image", "clicked", "clicks", "impressions", "position", "segment", "categorical", "history", "allow", "ignore")
 OUTCOMES = ("clicked", "clicks", "impressions")
 # What Adstocrat itself adds to rows, beside all columns, and to scores, beside a contract's key and segment columns; none must collide.
-ADDED_TO_ROWS = frozenset(("key", "creative", "image_status", "embedding"))
-RESERVED = ADDED_TO_ROWS | {"month", "p_click", "score_status", "encoder_version", "model_version", "run_id"}
+ADDED_TO_ROWS = frozenset(("key", "creative", "image_status", "embedding", "month_number"))
+RESERVED = ADDED_TO_ROWS | {
+    "month",
+    "p_click",
+    "score_status",
+    "evidence_key",
+    "evidence_creative",
+    "encoder_version",
+    "model_version",
+    "run_id",
+}
 
 
 class ContractError(ValueError):

@@ -23,6 +23,9 @@ class Says:
     def predict(self, rows: pa.RecordBatch) -> np.ndarray:
         return np.array(self.probabilities[: len(rows)], np.float64)
 
+    def evidence(self, rows: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
+        return np.arange(len(rows)), np.arange(len(rows)) * 2
+
 
 class Mean:
     """An encoder whose embedding is the thumbnail's mean, with its first pixel last."""
@@ -65,9 +68,19 @@ CASES = [
 def test_scores_and_statuses(cases: list[tuple[str | None, float, float, str]]) -> None:
     rows = joined([creative for creative, *_ in cases])
     scores = scored(rows, Says([said for _, said, _, _ in cases]), ["format"])
-    assert scores.schema.names == ["key", "format", "p_click", "creative", "image_status", "score_status"]
+    assert scores.schema.names == [
+        "key",
+        "format",
+        "p_click",
+        "creative",
+        "image_status",
+        "score_status",
+        "evidence_key",
+        "evidence_creative",
+    ]
     assert scores["p_click"].to_pylist() == [expected for _, _, expected, _ in cases]
     assert scores["score_status"].to_pylist() == [status for *_, status in cases]
+    assert scores["evidence_creative"].to_pylist() == [2 * number for number in scores["evidence_key"].to_pylist()]
     assert scores.schema.field("score_status").type == pa.string()
     for same in ("key", "format", "creative", "image_status"):
         assert scores[same] == rows[same]

@@ -104,6 +104,9 @@ OTHER_SETTINGS = {
     "bigquery_location": "EU",
     "csv_newlines_in_values": False,
     "csv_encoding": "latin-1",
+    "encoder_refresh": "never",
+    "train_mode": "scratch",
+    "train_negatives": 0.5,
     "ingest_ready": "quiet 1s",
     "max_reject_share": 0.5,
 }
@@ -112,7 +115,7 @@ OTHER_SETTINGS = {
 @pytest.mark.parametrize("name", OTHER_SETTINGS)
 def test_settings_that_affect_the_model_are_another_run(storage: Folder, name: str) -> None:
     changed = run_of(storage, **{name: OTHER_SETTINGS[name]}).id != run_of(storage).id
-    assert changed == (name in ("window_months", "seed", "csv_newlines_in_values", "csv_encoding"))
+    assert changed == (name in Config(storage.uri).affecting_model())
 
 
 def test_another_contract_is_another_run(storage: Folder, tmp_path: pathlib.Path) -> None:
