@@ -6,6 +6,7 @@ Nothing here looks at a row at a time, and nothing but `outcomes` looks at an ou
 """
 
 import dataclasses
+import datetime
 import json
 from collections.abc import Iterable, Iterator
 
@@ -30,15 +31,26 @@ _POSITION_KNOTS = 12
 
 def outcomes(batch: pa.RecordBatch, contract: Contract) -> tuple[np.ndarray, np.ndarray]:
     """Clicks and impressions of each row, two float32 arrays of shape (rows,); impressions are 0 where the row is unlabelled."""
+    mature = _mature(batch, contract)
     if contract.clicked:
         clicked = batch[contract.clicked.name]
-        return _filled(clicked).clip(0, 1), pc.is_valid(clicked).to_numpy(zero_copy_only=False).astype(np.float32)
+        return _filled(clicked).clip(0, 1) * mature, pc.is_valid(clicked).to_numpy(zero_copy_only=False).astype(np.float32) * mature
     if not (contract.clicks and contract.impressions):
         return np.zeros(len(batch), np.float32), np.zeros(len(batch), np.float32)
     clicks, impressions = batch[contract.clicks.name], batch[contract.impressions.name]
     known = pc.is_valid(clicks).to_numpy(zero_copy_only=False)
-    shown = np.where(known, _filled(impressions).clip(0), 0).astype(np.float32)
+    shown = np.where(known, _filled(impressions).clip(0), 0).astype(np.float32) * mature
     return np.minimum(_filled(clicks).clip(0), shown), shown
+
+
+def _mature(batch: pa.RecordBatch, contract: Contract) -> np.ndarray:
+    """float32 (rows,): 0 where a row is too young for its outcome to count, else 1."""
+    if not contract.mature_before or (month := month_of(batch)) == _LATER:
+        return np.ones(len(batch), np.float32)
+    # The month's number is one that its own first day has not reached.
+    last = datetime.date(month // 12, month % 12 + 1, 1) - datetime.timedelta(days=contract.mature_before.mature_days)
+    mature = pc.fill_null(pc.less(batch[contract.mature_before.name], last.isoformat()), False)
+    return mature.to_numpy(zero_copy_only=False).astype(np.float32)
 
 
 def month_of(batch: pa.RecordBatch) -> int:

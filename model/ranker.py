@@ -97,23 +97,17 @@ def _pairs(buckets: tuple[int, ...]) -> list[tuple[int, int]]:
     return [(i, j) for _, i, j in few[:_PAIRS]]
 
 
-def renew_image_side(path: str, weight: np.ndarray, fresh: np.ndarray, features: Features) -> None:
-    """Put a new model's weights in the place of those that the embedding's coordinates go through, or that a creative has; in place."""
+def forget_images(path: str, weight: np.ndarray, features: Features) -> None:
+    """Set to 0, in place, those weights that a picture's embedding goes through, or that a creative has of its own."""
     width, at = features.widths, 0
-    spans = []
-    for name in _DENSE:
-        if name in _IMAGE_INPUTS and name in width:
-            spans.append(slice(at, at + width[name]))
-        at += width.get(name, 0)
     if "creative_effect" in path:
-        weight[:] = fresh
-    for span in spans:
-        if path.endswith("kernel") and any(part in path for part in ("cross", "deep_0", "head")):
+        weight[:] = 0
+    for name in _DENSE:
+        span = slice(at, at + width.get(name, 0))
+        at = span.stop
+        if name in _IMAGE_INPUTS and path.endswith("kernel") and any(part in path for part in ("cross", "deep_0", "head")):
             # A cross layer's second matrix leads back to the inputs; all others lead away from them.
-            if "_out" in path:
-                weight[:, span] = fresh[:, span]
-            else:
-                weight[span] = fresh[span]
+            weight[(slice(None), span) if "_out" in path else span] = 0
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:

@@ -162,13 +162,12 @@ def _warm_start(model: Any, start: Parent, found: Survey) -> None:
     import keras
 
     before = keras.models.load_model(start.folder / "model.keras", compile=False)
-    fresh = model.get_weights()
     after = [array.copy() for array in before.get_weights()]
     features = found.features
     starts = np.cumsum((0, *features.buckets))
     for number, weight in enumerate(model.weights):
         if not start.same_encoder:
-            ranker.renew_image_side(weight.path, after[number], fresh[number], features)
+            ranker.forget_images(weight.path, after[number], features)
         for which, ids in enumerate(found.new_ids):
             name, offset = ("creative_effect", 0) if which == len(features.categoricals) else (None, starts[which])
             if (name and name in weight.path) or (name is None and any(part in weight.path for part in ("linear", "vectors"))):

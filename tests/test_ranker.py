@@ -168,9 +168,8 @@ def test_a_new_encoder_renews_the_image_side_alone(
     same, renewed = (Ranker.load(tmp_path / digest) for digest in ("d", "another"))
     blind = batch.drop_columns(["embedding"])
     blind = blind.set_column(blind.schema.get_field_index("creative"), "creative", pa.nulls(ROWS, pa.string()))
-    vectors = same.features.arrays(batch, True)["embedding"][:, 0]
-    told = [np.corrcoef(np.log(ranker.predict(batch) / ranker.predict(blind)), vectors)[0, 1] for ranker in (same, renewed)]
-    assert told[0] > 0.9 and abs(told[1]) < 0.5
+    told = [np.log(ranker.predict(batch) / ranker.predict(blind)).std() for ranker in (same, renewed)]
+    assert told[0] > 0.3 and told[1] < 0.01
     by_columns = [np.log(ranker.predict(blind)) for ranker in (same, renewed)]
     assert np.corrcoef(*by_columns)[0, 1] > 0.95
     with pytest.raises(ValueError, match="takes embeddings of encoder 'v1'"):
