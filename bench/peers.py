@@ -109,7 +109,7 @@ class Peers:
             )
             stop = lightgbm.early_stopping(25, verbose=False)
             model.fit(
-                x[rows], labels, weights, [(x[tune_rows], tune_labels)], eval_sample_weight=[tune_weights],
+                x[rows], labels, sample_weight=weights, eval_set=[(x[tune_rows], tune_labels)], eval_sample_weight=[tune_weights],
                 categorical_feature=list(range(len(coded))), callbacks=[stop],
             )  # fmt: skip
             found.append((self._tune_loss(p := model.predict_proba(x)[:, 1]), p[self.split == splits.GATE]))

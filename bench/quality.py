@@ -1,7 +1,7 @@
 """How good the models are: the ladder, calibration, position, downsampling, real rows and refresh, each beside what it has to reach.
 
 Sample months at 120,000 rows x 5,000 creatives, several seeds, judged in month 3 on gate rows against the known truth; every number is per
-impression. `model.training` trains as in a run, on months joined without Beam.
+impression. Models are trained as in a run, on months that were joined without Beam.
 
     scripts/bench quality -- [--only ladder,calibration,position,negatives,real,refresh] [--seeds 11,12,13,14,15] [--work DIR] [--criteo DIR]
 

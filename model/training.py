@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from model import calibration, encoder, ranker, splits
+from model import calibration, encoder, position, ranker, splits
 from model.descent import BESIDE, Descent, Progress, descend, deterministic, write
 from model.features import Arrays, Features, learnable, minibatches, month_of, outcomes
-from model.seen import UNKNOWN
+from model.seen import UNKNOWN, hashes_of_rows
 from model.survey import Survey, survey
 from schemas.contract import Contract
 
@@ -122,6 +122,11 @@ def train_ranker(
     kind = "scratch" if not start else "refresh" if start.same_encoder else "refresh with a new encoder"
     progress(f"{kind}: {found.rows:,} rows, {found.clicks:,.0f} clicks in {found.impressions:,.0f} impressions; no two values share an id")
     summary, levels, tune = fit_rows(model, examples, found, seed, settings, epochs, settings.rate, progress, replay, first)
+    if contract.position:
+        effect = model.get_layer("position_effect")
+        weights = effect.get_weights()[0]
+        within = position.within_keys(_without_position(model, examples, found, levels), weights[:, 0])
+        effect.set_weights([within.astype(np.float32)[:, None]])
     logits = np.concatenate([np.zeros(0)] + [logits_of(model, batch, levels) for batch in tune])
     outcome = {name: np.concatenate([np.zeros(0)] + [batch[name] for batch in tune]) for name in ("clicks", "impressions")}
     slope, shift = calibration.fit(logits, outcome["clicks"], outcome["impressions"])
@@ -174,6 +179,18 @@ def _warm_start(model: Any, start: Parent, found: Survey) -> None:
                 after[number][offset + ids] = after[number][offset + UNKNOWN]
     model.set_weights(after)
     model.get_layer("calibration").set_weights([np.ones((1, 1), np.float32), np.zeros(1, np.float32)])
+
+
+def _without_position(
+    model: Any, examples: Examples, found: Survey, levels: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """TRAIN rows as `position.within_keys` wants them."""
+    effects = model.get_layer("position_effect").get_weights()[0][:, 0]
+    for arrays, split, rows in labelled(examples, found, 0, np.random.default_rng(0), {}):
+        train, hats = split == splits.TRAIN, arrays["position"]
+        logits = [logits_of(model, batch, levels) for batch in minibatches([arrays], ranker.BATCH, 0, None)]
+        rest = np.concatenate(logits)[: len(rows)] - hats @ effects
+        yield tuple(array[train] for array in (hashes_of_rows(rows["key"], "key"), arrays["clicks"], arrays["impressions"], rest, hats))
 
 
 def logits_of(model: Any, batch: Arrays, levels: np.ndarray) -> np.ndarray:
