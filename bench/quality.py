@@ -3,7 +3,8 @@
 Sample months at 120,000 rows x 5,000 creatives, several seeds, judged in month 3 on gate rows against the known truth; every number is per
 impression. Models are trained as in a run, on months that were joined without Beam.
 
-    scripts/bench quality -- [--only ladder,calibration,position,negatives,real,refresh] [--seeds 11,12,13,14,15] [--work DIR] [--criteo DIR]
+    scripts/bench quality -- [--only ladder,calibration,position,negatives,real,refresh] [--seeds 11,12,13,14,15] [--work DIR]
+        [--criteo DIR]
 
 The first run of a seed draws its months and trains an encoder (some 3 minutes of one core); what is in --work is used again.
 """

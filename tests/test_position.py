@@ -12,8 +12,8 @@ def rows(seed: int, months: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
     key = np.tile(np.arange(20_000), months)
     quality = np.tile(rng.normal(size=20_000), months)
     place = np.clip(np.round(1 - 0.7 * quality + rng.normal(size=len(key))), 0, 2).astype(int)
-    clicks = rng.binomial(20, 1 / (1 + np.exp(-(-2.5 + quality + TRUE[place]))))
-    return key.astype(np.uint64), clicks, np.full(len(key), 20.0), np.full(len(key), -2.5), np.eye(3)[place]
+    clicks = rng.binomial(100, 1 / (1 + np.exp(-(-4.5 + quality + TRUE[place]))))
+    return key.astype(np.uint64), clicks, np.full(len(key), 100.0), np.full(len(key), -4.5), np.eye(3)[place]
 
 
 def test_effects_are_told_by_the_same_ads_elsewhere() -> None:
