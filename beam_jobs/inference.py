@@ -60,9 +60,17 @@ class RankerHandler(_BatchHandler[Any]):
 
     kind = "ranker"
 
-    def __init__(self, storage: Storage, version: str, carried: Sequence[str]):
+    def __init__(self, storage: Storage, version: str, carried: Sequence[str], encoder: str):
         super().__init__(storage, version)
-        self._carried = list(carried)
+        self._carried, self._encoder = list(carried), encoder
+
+    def load_model(self) -> Any:
+        ranker = super().load_model()
+        if ranker.encoder_version != self._encoder:
+            raise registry.ModelError(
+                f"ranker {self._version!r} takes embeddings of encoder {ranker.encoder_version!r}, and was given those of {self._encoder!r}"
+            )
+        return ranker
 
     def run_inference(self, batch: Any, model: Any, inference_args: Any = None) -> Iterable[Named]:
         name, rows = batch
