@@ -28,6 +28,13 @@ class Config:
     contract: str | None = _setting("contract file (a TensorFlow Metadata Schema); default: the one of the sample months", None)
     window_months: int = _setting("months whose labelled rows are trained on, the month itself included", 3, affects_model=True)
     seed: int = _setting("seed of everything random in training", 0, affects_model=True)
+    encoder_refresh: str = _setting(
+        "when the encoder is trained anew: `never`, `months N` after the last one, or `drift`, when half as many creatives again have come",
+        "months 3",
+        affects_model=True,
+    )
+    train_mode: str = _setting("`refresh` the champion, from `scratch`, or `auto`: scratch when the contract has changed", "auto", True)
+    train_negatives: float = _setting("share of the impressions without a click that is learnt from", 1.0, affects_model=True)
     ingest_ready: str = _setting(
         "when a month may begin: `always`, `marker NAME` (a file in raw/MONTH/), or `quiet 2h` after the last file", "always"
     )
@@ -82,6 +89,12 @@ class Config:
         for name in (field.name for field in dataclasses.fields(self) if field.name.startswith("prices_")):
             if not isinstance(getattr(self, name), int | float) or not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected a price, a number of at least 0")
+        if not isinstance(self.encoder_refresh, str) or not re.fullmatch(r"never|drift|months [1-9]\d*", self.encoder_refresh):
+            raise ConfigError(f"encoder_refresh is {self.encoder_refresh!r}; expected `never`, `drift`, or `months` and a number such as 3")
+        if self.train_mode not in ("refresh", "scratch", "auto"):
+            raise ConfigError(f"train_mode is {self.train_mode!r}; expected refresh, scratch or auto")
+        if isinstance(self.train_negatives, bool) or not isinstance(self.train_negatives, int | float) or not 0 < self.train_negatives <= 1:
+            raise ConfigError(f"train_negatives is {self.train_negatives!r}; expected a number above 0 and up to 1, such as 0.2")
         if not isinstance(self.ingest_ready, str) or not re.fullmatch(r"always|marker [^/\s]+|quiet \d+[smhd]", self.ingest_ready):
             raise ConfigError(
                 f"ingest_ready is {self.ingest_ready!r}; expected `always`, `marker NAME`, or `quiet` and a time such as 45s, 30m, 2h or 1d"

@@ -60,9 +60,17 @@ class RankerHandler(_BatchHandler[Any]):
 
     kind = "ranker"
 
-    def __init__(self, storage: Storage, version: str, carried: Sequence[str]):
+    def __init__(self, storage: Storage, version: str, carried: Sequence[str], encoder: str):
         super().__init__(storage, version)
-        self._carried = list(carried)
+        self._carried, self._encoder = list(carried), encoder
+
+    def load_model(self) -> Any:
+        ranker = super().load_model()
+        if ranker.encoder_version != self._encoder:
+            raise registry.ModelError(
+                f"ranker {self._version!r} takes embeddings of encoder {ranker.encoder_version!r}, and was given those of {self._encoder!r}"
+            )
+        return ranker
 
     def run_inference(self, batch: Any, model: Any, inference_args: Any = None) -> Iterable[Named]:
         name, rows = batch
@@ -74,7 +82,7 @@ def scored(rows: pa.RecordBatch, ranker: Any, carried: Sequence[str]) -> pa.Reco
 
     A row that gets no finite probability, or whose image got no embedding, has the base rate and says so.
     """
-    probability = ranker.predict(rows)
+    probability, evidence = ranker.predict(rows), ranker.evidence(rows)
     usable, embedded = (rows[name].is_valid().to_numpy(zero_copy_only=False) for name in ("creative", "embedding"))
     finite = np.isfinite(probability) & (embedded | ~usable)
     status = np.where(finite, np.where(usable, OK, NO_IMAGE), FALLBACK)
@@ -85,5 +93,7 @@ def scored(rows: pa.RecordBatch, ranker: Any, carried: Sequence[str]) -> pa.Reco
         "creative": rows["creative"],
         "image_status": rows["image_status"],
         "score_status": pa.array(status.astype(object), pa.string()),
+        "evidence_key": pa.array(evidence[0], pa.int64()),
+        "evidence_creative": pa.array(evidence[1], pa.int64()),
     }
     return pa.RecordBatch.from_arrays(list(columns.values()), list(columns))

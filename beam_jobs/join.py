@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from beam_jobs.run import MonthRun
 from model import images
+from model.features import MONTH
 from schemas import lake
 from schemas.lake import Manifest, Receipt, embeddings_folder, shard_of_unit
 from schemas.parquet import read_parquet
@@ -70,7 +71,7 @@ class MonthRows:
     """
 
     def __init__(self, run: MonthRun, month: str, id: str, encoder: str | None):
-        self._run, self._encoder = run, encoder
+        self._run, self._month = run, month
         rows = run.manifest(lake.stage_folder("rows", month, id), "ingest")
         self.units = [receipt for receipt in rows.receipts if receipt.unit.startswith("shard/")]
         self._index = _by_shard(run.manifest(lake.stage_folder("creatives", month, id), "creatives"))
@@ -90,7 +91,8 @@ class MonthRows:
         image = self._run.contract.image.name if self._run.contract.image else None
         joiner = ShardImages(self._run.storage, image, self._index.get(shard), self._embeddings.get(shard))
         for rows in read_parquet(self._run.storage, unit.file):
-            yield joiner.join(rows, self._width)
+            month = pa.repeat(pa.scalar(lake.month_number(self._month), pa.int32()), len(rows))
+            yield joiner.join(rows, self._width).append_column(MONTH, month)
 
 
 def _by_shard(manifest: Manifest) -> dict[int, Receipt]:

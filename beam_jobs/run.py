@@ -55,7 +55,7 @@ class MonthRun:
         id: digest of the inputs.
         earlier: (month, run) of the window's months before this one that are published, oldest first.
         champion: the pair to refresh from and to compare with; None for a first model.
-        known_encoder: the champion's encoder, if it has been trained; None where one is still to be.
+        known_encoder: the champion's encoder, if it is to be kept; None where one is to be trained.
         earlier_champion: what was published half a year ago, to compare with as well; None where that is the champion, or nothing.
         launch: unique to this launch of the run; no part of what it is.
     """
@@ -154,6 +154,7 @@ def derive(config: Config, month: str) -> tuple[MonthRun, dict[str, Any], pa.Tab
     earlier = _published_window(storage, contract, config, month)
     champion = champion_before(storage, month)
     half_a_year_ago = champion and earlier_champion(storage, contract, month, champion)
+    known = champion.encoder if champion and not _is_due(storage, champion.encoder, config.encoder_refresh, month) else None
     inputs = {
         "ads": [[entry.name.removeprefix(lake.raw_ads(month)), entry.size, entry.crc32c] for entry in ads],
         "images": {"count": len(images), "bytes": pc.sum(images["size"], min_count=0).as_py(), "digest": _digest_of(images)},
@@ -162,9 +163,9 @@ def derive(config: Config, month: str) -> tuple[MonthRun, dict[str, Any], pa.Tab
         "source": source_digest(),
         "window": earlier,
         "champion": champion and [champion.encoder, champion.ranker],
+        "known_encoder": known,
         "earlier_champion": half_a_year_ago and [half_a_year_ago.encoder, half_a_year_ago.ranker],
     }
-    known = champion.encoder if champion and _is_trained(storage, champion.encoder) else None
     run = MonthRun(storage, contract, config, month, _digest([month, inputs]), earlier, champion, known, half_a_year_ago)
     return run, inputs, images
 
@@ -262,9 +263,21 @@ def _check_names(contract: Contract) -> None:
             )
 
 
-def _is_trained(storage: Storage, encoder: str) -> bool:
+def _is_due(storage: Storage, encoder: str, refresh: str, month: str) -> bool:
+    """Whether another encoder is to be trained: there is none but an untrained one, or the setting `encoder_refresh` says so."""
     made = lake.read_manifest(storage, lake.model_folder("encoder", encoder))
-    return made is not None and made.info["training"]["mode"] != "untrained"
+    if made is None or made.info["training"]["mode"] == "untrained":
+        return True
+    if refresh.startswith("months"):
+        return lake.month_number(month) - lake.month_number(made.info["month"]) >= int(refresh.removeprefix("months"))
+    if refresh == "never":
+        return False
+    first = later = 0
+    for receipt in lake.pack_receipts(storage, f"embeddings/{encoder}/"):
+        embedded_for = receipt.file.split("/")[2]
+        first += receipt.rows if embedded_for == made.info["month"] else 0
+        later += receipt.rows if made.info["month"] < embedded_for < month else 0
+    return later > first / 2
 
 
 @functools.cache

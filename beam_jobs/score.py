@@ -26,13 +26,13 @@ from schemas.lake import Manifest, Receipt
 def define_pipeline(root: beam.Pipeline, run: MonthRun, evaluation: Manifest) -> None:
     """Units of rows → joined batches → scores, a file a unit."""
     encoder, ranker = evaluation.info["encoder"], evaluation.info["ranker"]
-    info = {"encoder": encoder, "ranker": ranker}
+    info, carried = {"encoder": encoder, "ranker": ranker}, [column.name for column in run.contract.carried]
     _ = (
         root
         | "Units" >> Listed(run, lambda: month_rows(run, run.month, run.id, encoder).units, Receipt)
         | "SpreadUnits" >> beam.Reshuffle()
         | "Join" >> beam.FlatMap(functools.partial(read_unit, run, encoder)).with_output_types(Named)
-        | "Score" >> RunInference(RankerHandler(run.storage, ranker, [c.name for c in run.contract.carried])).with_output_types(Named)
+        | "Score" >> RunInference(RankerHandler(run.storage, ranker, carried, encoder)).with_output_types(Named)
         | "Label" >> beam.MapTuple(functools.partial(label, run, encoder, ranker)).with_output_types(Named)
         | "WriteScores" >> beam.ParDo(WriteUnits(run.storage, run.stage("scores"), count)).with_output_types(Receipt)
         | "CommitScores" >> CommitStage(run.storage, run.stage("scores"), "score", info)

@@ -41,13 +41,13 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun, train: Callable[[MonthRu
 
 def train_encoder(run: MonthRun) -> Manifest:
     """Train the encoder on the window's creatives, and commit it."""
-    from model import tensorflow, training
+    from model import encoder_training, tensorflow
 
     tensorflow.load()
     with registry.local_folder() as folder:
         summary = _learnt(
             run,
-            lambda: training.train_encoder(
+            lambda: encoder_training.train_encoder(
                 functools.partial(examples, run, None),
                 functools.partial(thumbnails, run),
                 run.contract,
@@ -80,6 +80,8 @@ def train_ranker(run: MonthRun) -> Manifest:
                 digest,
                 pathlib.Path(parent) if run.champion else None,
                 lambda line: log.info("  train: %s", line),
+                training.Settings(negatives=run.config.train_negatives),
+                run.config.train_mode,
             ),
         )
         if summary["mode"] != "none":

@@ -1,144 +1,333 @@
-"""Does the image matter? Log loss of whole months against a known truth, and on real clicks, beside what it has to beat.
+"""How good the models are: the ladder, calibration, position, downsampling, real rows and refresh, each beside what it has to reach.
 
-Sample months (120,000 rows x 5,000 creatives): the score table of month 3 against the true click probabilities at the reference
-position, weighted by impressions; beside it the same system run from the start on images that a fixed permutation has shuffled among the
-creatives, and the best constant. Real months, where a lake is given: trained on all months but the last, whose outcomes are taken away, and
-judged on those.
+Sample months at 120,000 rows x 5,000 creatives, several seeds, judged in month 3 on gate rows against the known truth; every number is per
+impression. Models are trained as in a run, on months that were joined without Beam.
 
-    scripts/bench quality -- [--work FOLDER] [--real LAKE]
+    scripts/bench quality -- [--only ladder,calibration,position,negatives,real,refresh] [--seeds 11,12,13,14,15] [--work DIR]
+        [--criteo DIR]
+
+The first run of a seed draws its months and trains an encoder (some 3 minutes of one core); what is in --work is used again.
 """
 
 import argparse
-import csv
-import io
+import dataclasses
+import functools
+import json
 import pathlib
-import subprocess
+import random
 import sys
 import tempfile
-from typing import Any
+import time
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
+from months import CONTRACT, Month, months
 
-from model.splits import GATE, split_of_rows
+import model
+from beam_jobs.join import embedding_matrix
+from model import splits, tensorflow
+from model.features import MONTH
+from model.training import Examples, Settings, train_ranker
 from schemas import lake
-from schemas.lake import Current
-from schemas.parquet import read_parquet
-from schemas.storage import Storage, open_storage
 
-MONTHS = ["2026-08", "2026-09", "2026-10"]
+PARTS = ("ladder", "calibration", "position", "negatives", "real", "refresh")
+BARS: list[tuple[str, float, bool]] = []
 
 
-def adstocrat(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "beam_jobs.cli", *arguments], check=True)
+def bar(name: str, value: float, good: bool) -> None:
+    """Print a number beside what it has to reach."""
+    BARS.append((name, value, good))
+    print(f"  {'met   ' if good else 'MISSED'} {name}: {value:.4f}", flush=True)
 
 
-def run_months(uri: str, *flags: str) -> None:
-    for month in MONTHS:
-        adstocrat("month", month, "--lake", uri, *flags)
+def divergence(truth: np.ndarray, p: np.ndarray) -> np.ndarray:
+    return np.asarray(truth * np.log(truth / p) + (1 - truth) * np.log((1 - truth) / (1 - p)))
 
 
-def scores(storage: Storage) -> pa.Table:
-    """The published scores of the last month."""
-    current, _ = lake.read_pointer(storage, lake.CURRENT, Current)
-    assert current is not None and current.month == MONTHS[-1]
-    manifest = lake.read_manifest(storage, lake.stage_folder("scores", current.month, current.run))
-    assert manifest is not None
-    return pa.Table.from_batches([batch for file in manifest.files for batch in read_parquet(storage, file)])
+class Seed:
+    """The months of a seed, what is judged in the last of them, and the models trained on them, kept in `work`."""
+
+    def __init__(self, work: pathlib.Path, seed: int, count: int = 3) -> None:
+        self.seed, self.work = seed, work / f"seed-{seed}-models-{count}"
+        self.lake = work / f"seed-{seed}-120000-5000" / "lake"
+        self.months, self.thumbnails = months(work, seed, count)
+        self.creatives = self.thumbnails["creative"].combine_chunks()
+
+    @functools.cached_property
+    def gate(self) -> "Gate":
+        return Gate(self.months)
+
+    def examples(self, window: list[Month], embeddings: pa.Array | None) -> Examples:
+        def of_epoch(epoch: int) -> Iterator[pa.RecordBatch]:
+            units = [(month, batch) for month in window for batch in month.batches()]
+            random.Random(f"{self.seed} {epoch}").shuffle(units)
+            for month, batch in units:
+                yield self.joined(month, batch, embeddings)
+
+        return of_epoch
+
+    def joined(self, month: Month, batch: pa.RecordBatch, embeddings: pa.Array | None) -> pa.RecordBatch:
+        number = pa.repeat(pa.scalar(lake.month_number(month.name), pa.int32()), len(batch))
+        batch = batch.append_column(MONTH, number)
+        if embeddings is None:
+            return batch
+        return batch.append_column("embedding", embeddings.take(pc.index_in(batch["creative"], self.creatives)))
+
+    def embeddings(self, window: list[Month], name: str = "encoder", order: np.ndarray | None = None) -> pa.Array:
+        """Of all creatives by an encoder trained on the window; with `order`, each has the picture of another."""
+        from model.encoder import Encoder
+        from model.encoder_training import train_encoder
+
+        pictures = self.thumbnails["thumbnail"].combine_chunks()
+        shown = pa.table({"creative": self.creatives, "thumbnail": pictures if order is None else pictures.take(pa.array(order))})
+        folder = self.work / name
+        if not (folder / "spec.json").exists():
+            batches = shown.combine_chunks().to_batches(1024)
+            train_encoder(self.examples(window, None), lambda: iter(batches), CONTRACT, self.seed, folder, lambda line: None)
+        pixels = np.frombuffer(b"".join(shown["thumbnail"].to_pylist()), np.uint8).reshape(-1, 64, 64, 3)
+        return embedding_matrix(Encoder.load(folder).embed(pixels))
+
+    def ranker(
+        self,
+        window: list[Month],
+        embeddings: pa.Array,
+        name: str = "ranker",
+        settings: Settings | None = None,
+        parent: str | None = None,
+        digest: str = "d",
+    ) -> float:
+        """Train a ranker into the folder `name`; returns the processor's seconds."""
+        started, folder = time.process_time(), self.work / name
+        start = self.work / parent if parent else None
+        train_ranker(self.examples(window, embeddings), CONTRACT, self.seed, folder, "e", digest, start, lambda line: None, settings)
+        return time.process_time() - started
+
+    def predict(self, embeddings: pa.Array, name: str = "ranker", at_reference: bool = False, rows: pa.Table | None = None) -> np.ndarray:
+        """Probabilities of the last month's gate rows, or of other rows of it."""
+        ranker = model.load(self.work / name)
+        chosen = (self.gate.rows if rows is None else rows).combine_chunks().to_batches()
+        return np.concatenate([ranker.predict(self.joined(self.months[-1], batch, embeddings), at_reference) for batch in chosen])
 
 
-def permute_images(source: Storage, target: Storage, seed: int) -> None:
-    """The same months with every creative's picture exchanged for another's, the same one in each month."""
-    where = {name.rpartition("/")[2]: name for month in MONTHS for name in source.names(lake.raw_images(month))}
-    names = sorted(where)
-    taken = dict(zip(names, np.random.default_rng(seed).permutation(names).tolist(), strict=True))
-    for month in MONTHS:
-        for name in source.names(lake.raw_ads(month)):
-            target.write(name, source.read(name))
-        for name in source.names(lake.raw_images(month)):
-            target.write(name, source.read(where[taken[name.rpartition("/")[2]]]))
+class Gate:
+    """The gate rows of the last month, labelled or not, with their truth; which of them are warm or cold, and the window's base rate."""
+
+    def __init__(self, window: list[Month]) -> None:
+        self.rows, truth, seen, sums = window[-1].rows, window[-1].truth, [], np.zeros(2)
+        for month in window:
+            split = splits.split_of_rows(month.rows["key"].combine_chunks(), month.rows["creative"].combine_chunks())
+            use = (split == splits.TRAIN) & (pc.fill_null(month.rows["impressions"], 0).to_numpy() > 0)
+            train = month.rows.filter(pa.array(use))
+            seen.append(train["creative"].combine_chunks())
+            sums += [pc.sum(train["clicks"]).as_py(), pc.sum(train["impressions"]).as_py()]
+        self.base_rate = float(sums[0] / sums[1])
+        self.mask = split == splits.GATE
+        self.rows, truth = self.rows.filter(pa.array(self.mask)), truth.filter(pa.array(self.mask))
+        self.shown = truth["impressions"].to_numpy().astype(float)
+        self.truth, self.reference = truth["p_click"].to_numpy(), truth["p_click_reference"].to_numpy()
+        pictured = self.rows["creative"].is_valid().to_numpy()
+        known = pc.is_in(self.rows["creative"], pc.unique(pa.chunked_array(seen)).drop_null()).to_numpy()
+        every = np.ones(len(pictured), bool)
+        self.parts = {"all": every, "warm": pictured & known, "cold": pictured & ~known, "without image": ~pictured}
+        earlier = pa.chunked_array([chunk for month in window[:-1] for chunk in month.rows["advertiser"].chunks])
+        self.parts["new advertisers"] = ~pc.is_in(self.rows["advertiser"], pc.unique(earlier)).to_numpy()
+
+    def loss(self, p: np.ndarray, part: str = "all") -> float:
+        """Expected log loss an impression, in nats."""
+        use = self.parts[part]
+        t, q = self.truth[use], p[use]
+        return float(np.average(-(t * np.log(q) + (1 - t) * np.log1p(-q)), weights=self.shown[use]))
+
+    def explained(self, p: np.ndarray, part: str) -> float:
+        n, use = self.shown, self.parts[part]
+        base = np.full(use.sum(), self.base_rate)
+        return float(1 - (n[use] * divergence(self.truth[use], p[use])).sum() / (n[use] * divergence(self.truth[use], base)).sum())
+
+    def ratio(self, p: np.ndarray, use: np.ndarray, truth: np.ndarray | None = None) -> float:
+        truth = self.truth if truth is None else truth
+        return float((self.shown * p)[use].sum() / (self.shown * truth)[use].sum())
 
 
-def log_loss(truth: np.ndarray, p: np.ndarray, weight: np.ndarray) -> float:
-    """Weighted mean of the cross-entropy of `p` (probabilities) under `truth` (probabilities or outcomes), in nats."""
-    return float(np.average(-(truth * np.log(p) + (1 - truth) * np.log1p(-p)), weights=weight))
+def ladder(seeds: list[Seed]) -> None:
+    from peers import Peers, colour_statistics, planted
+
+    found: dict[str, list[dict[str, float]]] = {}
+    for seed in seeds:
+        gate, peers = seed.gate, Peers(seed.months, seed.thumbnails)
+        properties = planted(seed.lake, seed.months, seed.thumbnails)
+        given = min(peers.regression(properties), peers.trees(properties), key=lambda pair: pair[0])[1]
+        order = np.random.default_rng(seed.seed).permutation(len(seed.creatives))
+        permuted = seed.embeddings(seed.months, "permuted-encoder", order)
+        seed.ranker(seed.months, permuted, "permuted-ranker")
+        rungs = {
+            "base rate": np.full(len(gate.truth), gate.base_rate),
+            "columns": peers.regression(None)[1],
+            "colour statistics": peers.regression(colour_statistics(seed.thumbnails))[1],
+            "ours": seed.predict(seed.embeddings(seed.months)),
+            "planted properties": given,
+            "truth": gate.truth,
+            "images permuted": seed.predict(permuted, "permuted-ranker"),
+        }
+        for name, p in rungs.items():
+            told = {f"loss {part}": gate.loss(p, part) for part in ("all", "warm", "cold")}
+            found.setdefault(name, []).append(told | {f"explained {part}": gate.explained(p, part) for part in ("all", "warm", "cold")})
+    mean = {name: {key: float(np.mean([told[key] for told in tolds])) for key in tolds[0]} for name, tolds in found.items()}
+    print(f"\n1. the ladder, mean of {len(seeds)} seeds\n  {'':<20}{'log loss':>10}{'warm':>10}{'cold':>10}   explained, warm, cold")
+    for name, told in mean.items():
+        print(f"  {name:<20}{''.join(f'{value:>10.5f}' for value in told.values())}")
+    losses = [mean[name]["loss all"] for name in list(mean)[:6]]
+    bar("rungs in order (least step down)", min(-np.diff(losses)), bool((np.diff(losses) < 0).all()))
+    for part, least, lost in (("all", 0.0, 0.06), ("warm", 0.85, 0.0), ("cold", 0.78, 0.12)):
+        one, own, best = (mean[name][f"loss {part}"] for name in ("columns", "ours", "planted properties"))
+        if least:
+            bar(f"gap closed, {part} (>= 0.60)", (one - own) / (one - best), (one - own) / (one - best) >= 0.6)
+            bar(f"explained, {part} (>= {least})", mean["ours"][f"explained {part}"], mean["ours"][f"explained {part}"] >= least)
+        if lost:
+            fall = mean["ours"][f"explained {part}"] - mean["images permuted"][f"explained {part}"]
+            bar(f"explained lost with images permuted, {part} (>= {lost})", fall, fall >= lost)
 
 
-def bench_sample(work: pathlib.Path) -> bool:
-    ours, shuffled = open_storage(str(work / "sample")), open_storage(str(work / "shuffled"))
-    adstocrat("sample-data", ours.uri, "--months", f"{MONTHS[0]}:{MONTHS[-1]}", "--ads", "120000", "--creatives", "5000", "--seed", "0")
-    permute_images(ours, shuffled, 0)
-    for storage in (ours, shuffled):
-        run_months(storage.uri)
-    with ours.local(lake.truth(MONTHS[-1])) as path:
-        truth = pq.read_table(path)
-    true, weight = truth["p_click_reference"].to_numpy(), truth["impressions"].to_numpy().astype(float)
-    mine, permuted = (table.take(pc.index_in(truth["ad_id"], table["key"].combine_chunks())) for table in map(scores, (ours, shuffled)))
-    gate = split_of_rows(mine["key"].combine_chunks(), mine["creative"].combine_chunks()) == GATE
-    print("\nsample months, log loss of month 3 against the truth at the reference position, by impressions")
-    print(f"  {'':<16} {'all rows':>10} {'gate rows':>10}")
-    losses = {}
-    for name, p in (
-        ("truth", true),
-        ("adstocrat", mine["p_click"].to_numpy()),
-        ("images permuted", permuted["p_click"].to_numpy()),
-        ("best constant", np.full(len(true), np.average(true, weights=weight))),
-    ):
-        losses[name] = log_loss(true, p, weight)
-        print(f"  {name:<16} {losses[name]:>10.6f} {log_loss(true[gate], p[gate], weight[gate]):>10.6f}")
-    good = losses["adstocrat"] < min(losses["images permuted"], losses["best constant"])
-    print(f"  adstocrat is below images permuted and the best constant: {'yes' if good else 'NO'}", flush=True)
-    return good
+def calibration(seeds: list[Seed], name: str = "ranker") -> None:
+    print(f"\n{'2. calibration' if name == 'ranker' else '   calibration'}, mean of {len(seeds)} seeds")
+    ratios, within = [], []
+    for seed in seeds:
+        gate, p = seed.gate, seed.predict(seed.embeddings(seed.months), name)
+        ratios.append([gate.ratio(p, use) for use in gate.parts.values()])
+        for column in CONTRACT.segments:
+            values = gate.rows[column.name].to_numpy()
+            for value in np.unique(values.astype(str)):
+                use = values.astype(str) == value
+                if gate.shown[use].sum() >= 5000:
+                    within.append(abs(gate.ratio(p, use) - 1) <= 0.1)
+    mean = np.mean(ratios, axis=0)
+    overall = np.array(ratios)[:, 0]
+    bar("overall (1 +- 0.02)", mean[0], abs(mean[0] - 1) <= 0.02)
+    worst = overall[np.abs(overall - 1).argmax()]
+    bar("worst seed (1 +- 0.03)", worst, abs(worst - 1) <= 0.03)
+    for part, value in list(zip(seeds[0].gate.parts, mean, strict=True))[2:]:
+        bar(f"{part} (1 +- 0.10)", value, abs(value - 1) <= 0.1)
+    bar("segment values within +- 0.10 (>= 0.90)", float(np.mean(within)), np.mean(within) >= 0.9)
 
 
-def blank_outcomes(storage: Storage, column: str, key: str) -> dict[str, int]:
-    """Take the last month's outcomes away, and return them by key."""
-    outcomes: dict[str, int] = {}
-    for name in storage.names(lake.raw_ads(MONTHS[-1])):
-        rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(storage.read(name).decode(), newline="")))
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, rows[0].keys())
-        writer.writeheader()
-        for row in rows:
-            outcomes[row[key]] = int(row[column])
-            writer.writerow({**row, column: ""})
-        storage.write(name, text.getvalue().encode())
-    return outcomes
+def position(seeds: list[Seed]) -> None:
+    from schemas.sample import POSITION_EFFECTS
+
+    print(f"\n3. position, mean of {len(seeds)} seeds")
+    ours, blind, odds = [], [], []
+    for seed in seeds:
+        gate, embeddings = seed.gate, seed.embeddings(seed.months)
+        every = np.ones(len(gate.truth), bool)
+        at_reference = seed.predict(embeddings, at_reference=True)
+        ours.append(gate.ratio(at_reference, every, gate.reference))
+        # What ignores position says of each row what it is at its own, on average over positions.
+        blind.append(gate.ratio(seed.predict(embeddings), every, gate.reference))
+        clicks = np.zeros(7)
+        for month in seed.months:
+            clicks += np.bincount(month.rows["position"].to_numpy(), pc.fill_null(month.rows["clicks"], 0).to_numpy(), 7)
+        for place in range(2, 7):
+            at = seed.gate.rows.slice(0, 1).set_column(
+                seed.gate.rows.schema.get_field_index("position"), "position", pa.array([place], pa.int64())
+            )
+            one, own = (seed.predict(embeddings, at_reference=held, rows=at)[0] for held in (True, False))
+            if clicks[place] >= 1000:
+                odds.append(own / (1 - own) / (one / (1 - one)) / np.exp(POSITION_EFFECTS[place - 1]))
+    bar("at the reference (1 +- 0.03)", float(np.mean(ours)), abs(np.mean(ours) - 1) <= 0.03)
+    bar("ignoring position (outside 1 +- 0.10)", float(np.mean(blind)), abs(np.mean(blind) - 1) > 0.1)
+    by_place = np.array(odds).reshape(len(seeds), -1).mean(axis=0)
+    worst = by_place[np.abs(by_place - 1).argmax()]
+    bar("worst odds ratio of a position (1 +- 0.10)", float(worst), abs(worst - 1) <= 0.1)
 
 
-def bench_real(work: pathlib.Path, source: pathlib.Path) -> bool:
-    storage = open_storage(str(work / "real"))
-    for path in sorted(source.glob("raw/**/*.*")):
-        storage.upload(path, path.relative_to(source).as_posix())
-    contract = str(work / "real.pbtxt")
-    files = [str(path) for path in sorted(source.glob("raw/*/ads/*.csv"))]
-    adstocrat("infer-contract", *files, "--key", "ad_id", "--image", "image", "--clicked", "clicked", "--out", contract)
-    outcomes = blank_outcomes(storage, "clicked", "ad_id")
-    run_months(storage.uri, "--contract", contract)
-    table = scores(storage)
-    clicked = np.array([outcomes[key] for key in table["key"].to_pylist()], float)
-    earlier = [row for file in files[:-1] for row in csv.DictReader(pathlib.Path(file).read_text().splitlines())]
-    base_rate = np.mean([int(row["clicked"]) for row in earlier])
-    one = np.ones(len(clicked))
-    mine, base = log_loss(clicked, table["p_click"].to_numpy(), one), log_loss(clicked, one * base_rate, one)
-    print(f"\nreal months, log loss on all {len(clicked):,} outcomes of {MONTHS[-1]}, trained on {', '.join(MONTHS[:-1])}")
-    print(f"  adstocrat          {mine:.6f}\n  base rate {base_rate:.4f}   {base:.6f}")
-    print(f"  adstocrat is below the base rate: {'yes' if mine < base else 'NO'}")
-    return bool(mine < base)
+def negatives(seeds: list[Seed]) -> None:
+    print(f"\n4. negatives downsampled to 20 %, mean of {len(seeds)} seeds")
+    change = []
+    for seed in seeds:
+        embeddings = seed.embeddings(seed.months)
+        seed.ranker(seed.months, embeddings, "thinned", dataclasses.replace(Settings(), negatives=0.2))
+        change.append(seed.gate.loss(seed.predict(embeddings, "thinned")) / seed.gate.loss(seed.predict(embeddings)) - 1)
+    bar("NE against all rows (<= +0.002)", float(np.mean(change)), np.mean(change) <= 0.002)
+    calibration(seeds, "thinned")
+
+
+def refresh(work: pathlib.Path, seed: int) -> None:
+    """Six refreshes, months 4 to 9, each on a window of three months, with the encoder of the first three; then another encoder."""
+    data = Seed(work, seed, 9)
+    embeddings = data.embeddings(data.months[:3])
+    data.ranker(data.months[:3], embeddings, "r3")
+    print(f"\n6. refresh, seed {seed}")
+    costs = []
+    for number in range(4, 10):
+        window = data.months[number - 3 : number]
+        fresh = data.ranker(window, embeddings, f"r{number}", parent=f"r{number - 1}")
+        if number in (4, 9):
+            scratch = data.ranker(window, embeddings, f"s{number}")
+            costs.append(fresh / scratch)
+            gate = Gate(window)
+            data.months, kept = window, data.months
+            data.gate = gate
+            told = [gate.loss(data.predict(embeddings, name)) for name in (f"r{number}", f"s{number}")]
+            data.months = kept
+            most = 0.0015 if number == 4 else 0.003
+            bar(f"NE against scratch after {number - 3} (<= +{most})", told[0] / told[1] - 1, told[0] / told[1] - 1 <= most)
+    bar("cost against scratch (<= 0.5)", float(np.mean(costs)), np.mean(costs) <= 0.5)
+    window = data.months[6:9]
+    other = data.embeddings(window, "encoder-9")
+    data.ranker(window, other, "n9", parent="r9", digest="other")
+    data.ranker(window, other, "ns9", digest="other")
+    data.months = window
+    data.gate = Gate(window)
+    told = [data.gate.loss(data.predict(other, name)) for name in ("n9", "ns9")]
+    bar("NE with another encoder against scratch (<= +0.0015)", told[0] / told[1] - 1, told[0] / told[1] - 1 <= 0.0015)
+
+
+def real(folder: pathlib.Path) -> None:
+    from criteo import folds
+
+    started = time.monotonic()
+    losses = folds(folder)
+    print(f"\n5. real rows, 10 folds, mean log loss ({time.monotonic() - started:.0f} s): {json.dumps(losses)}")
+    best = min(losses["lightgbm"], losses["logistic regression"])
+    bar(
+        "weaker peer (<= 0.465)",
+        max(losses["lightgbm"], losses["logistic regression"]),
+        max(losses["lightgbm"], losses["logistic regression"]) <= 0.465,
+    )
+    bar("ours above the better peer (<= 0.003)", losses["ours"] - best, losses["ours"] - best <= 0.003)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=pathlib.Path, help="an empty folder to work in (default: a temporary one)")
-    parser.add_argument("--real", type=pathlib.Path, help="a lake of real rows and photos with a column `clicked`")
+    parser.add_argument("--work", type=pathlib.Path, help="where months and models are kept (default: a temporary folder)")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--seeds", default="11,12,13,14,15")
+    parser.add_argument("--criteo", type=pathlib.Path, help="folder of criteo_{train,dev,test}.tsv, for the part `real`")
     arguments = parser.parse_args()
+    only, numbers = arguments.only.split(","), [int(seed) for seed in arguments.seeds.split(",")]
+    if odd := set(only) - set(PARTS):
+        parser.error(f"--only names {', '.join(sorted(odd))}; expected some of {', '.join(PARTS)}")
+    tensorflow.load()
+    started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="adstocrat-bench-") as temporary:
         work = arguments.work or pathlib.Path(temporary)
-        good = [bench_real(work, arguments.real)] if arguments.real else []
-        good.append(bench_sample(work))
-    return 0 if all(good) else 1
+        if set(only) & {"ladder", "calibration", "position", "negatives"}:
+            seeds = [Seed(work, number) for number in numbers]
+            for seed in seeds:
+                if not (seed.work / "ranker" / "spec.json").exists():
+                    seed.ranker(seed.months, seed.embeddings(seed.months))
+            parts: dict[str, Callable[[list[Seed]], None]] = {
+                "ladder": ladder, "calibration": calibration, "position": position, "negatives": negatives,
+            }  # fmt: skip
+            for name in only:
+                if name in parts:
+                    parts[name](seeds)
+        if "real" in only and arguments.criteo:
+            real(arguments.criteo)
+        if "refresh" in only:
+            refresh(work, numbers[0])
+    print(f"\n{sum(good for *_, good in BARS)} of {len(BARS)} met, {time.monotonic() - started:,.0f} s")
+    return 0 if all(good for *_, good in BARS) else 1
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The encoder: a thumbnail becomes an embedding that is about clicks.
 
-A small convolutional network whose last hidden layer, and the log-odds it predicts from that layer, are the embedding, each coordinate
+A small convolutional network whose last hidden layer, and the log-odds it predicts, are the embedding, each coordinate
 standardised over the creatives it was trained on. Scaling is inside the model, so it takes the bytes of a thumbnail as they are.
 """
 
@@ -17,7 +17,7 @@ _BATCH = 256
 _SHIFT = 3
 
 
-def build(dropout: float = 0.1) -> Any:
+def build(dropout: float = 0.3) -> Any:
     """The untrained network: uint8 (n, 64, 64, 3) -> {"logit": float32 (n, 1), "embedding": float32 (n, EMBEDDING_WIDTH)}.
 
     `logit` is the effect of the image on the log-odds of a click; the embedding's last coordinate is the same, standardised.
@@ -28,16 +28,17 @@ def build(dropout: float = 0.1) -> Any:
     pixels = keras.Input((THUMBNAIL_SIZE, THUMBNAIL_SIZE, 3), dtype="uint8", name="thumbnail")
     x = layers.Rescaling(1 / 127.5, -1)(pixels)
     # At half the resolution strokes and eyes are still there; batch normalisation makes training several times faster.
-    for number, (filters, size, strides) in enumerate(((16, 5, 2), (32, 3, 1), (48, 3, 1), (64, 3, 1))):
-        if number > 1:
-            x = layers.MaxPool2D()(x)
+    for number, (filters, size, strides) in enumerate(((16, 4, 2), (32, 3, 1), (48, 3, 1), (64, 3, 1))):
         x = layers.Conv2D(filters, size, strides, padding="same", use_bias=False, kernel_initializer="he_normal")(x)
         x = layers.Activation("relu")(layers.BatchNormalization(momentum=0.98)(x))
+        if number in (1, 2):
+            x = layers.MaxPool2D()(x)
     # The mean says how much of something there is (clutter, text), the maximum whether it is there at all (a face, a button).
     x = layers.Concatenate()([layers.GlobalAveragePooling2D()(x), layers.GlobalMaxPooling2D()(x)])
     x = layers.Dropout(dropout)(x)
     hidden = layers.Dense(EMBEDDING_WIDTH - 1, activation="gelu", name="hidden")(x)
-    logit = layers.Dense(1, kernel_initializer="zeros", name="logit")(layers.Dropout(dropout)(hidden))
+    # Straight from the pooled features as well, which is learnt from fewer creatives.
+    logit = layers.Dense(1, kernel_initializer="zeros", name="logit")(layers.Concatenate()([x, hidden]))
     # Never trained: `standardise` sets its mean and variance.
     scale = layers.BatchNormalization(center=False, scale=False, trainable=False, name="standardise")
     return keras.Model({"thumbnail": pixels}, {"logit": logit, "embedding": scale(layers.Concatenate()([hidden, logit]))}, name="encoder")

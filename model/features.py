@@ -6,6 +6,7 @@ Nothing here looks at a row at a time, and nothing but `outcomes` looks at an ou
 """
 
 import dataclasses
+import datetime
 import json
 from collections.abc import Iterable, Iterator
 
@@ -14,34 +15,46 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from model import splits
+from model.seen import MAX_VALUES, History, Vocabulary, hashes_of, texts
 from schemas import contract as contracts
 from schemas.contract import Column, Contract
-from schemas.hashing import hash64_column, salted
 
 # What a model is given, by name, all of one length; in training `clicks`, `impressions` and perhaps `offset` are beside the inputs.
 Arrays = dict[str, np.ndarray]
 
-MISSING, UNKNOWN, FIRST_HASHED = 0, 1, 2
 QUANTILES = 64
-# Ids a value that was seen, so that a new value seldom gets the id of another.
-HEADROOM = 4
-MIN_BUCKETS, MAX_BUCKETS, MAX_CREATIVE_BUCKETS = 1 << 6, 1 << 15, 1 << 20
-# Distinct values are counted by linear counting (Whang et al. 1990) in a bitmap of this many bits per column.
-_BITMAP = 1 << 18
+# The month of a batch, as 12 x year + month, beside its columns; a batch without one counts as later than all that was learnt from.
+MONTH = "month_number"
+_LATER = 1 << 30
 _POSITION_KNOTS = 12
 
 
 def outcomes(batch: pa.RecordBatch, contract: Contract) -> tuple[np.ndarray, np.ndarray]:
     """Clicks and impressions of each row, two float32 arrays of shape (rows,); impressions are 0 where the row is unlabelled."""
+    mature = _mature(batch, contract)
     if contract.clicked:
         clicked = batch[contract.clicked.name]
-        return _filled(clicked).clip(0, 1), pc.is_valid(clicked).to_numpy(zero_copy_only=False).astype(np.float32)
+        return _filled(clicked).clip(0, 1) * mature, pc.is_valid(clicked).to_numpy(zero_copy_only=False).astype(np.float32) * mature
     if not (contract.clicks and contract.impressions):
         return np.zeros(len(batch), np.float32), np.zeros(len(batch), np.float32)
     clicks, impressions = batch[contract.clicks.name], batch[contract.impressions.name]
     known = pc.is_valid(clicks).to_numpy(zero_copy_only=False)
-    shown = np.where(known, _filled(impressions).clip(0), 0).astype(np.float32)
+    shown = np.where(known, _filled(impressions).clip(0), 0).astype(np.float32) * mature
     return np.minimum(_filled(clicks).clip(0), shown), shown
+
+
+def _mature(batch: pa.RecordBatch, contract: Contract) -> np.ndarray:
+    """float32 (rows,): 0 where a row is too young for its outcome to count, else 1."""
+    if not contract.mature_before or (month := month_of(batch)) == _LATER:
+        return np.ones(len(batch), np.float32)
+    # The month's number is one that its own first day has not reached.
+    last = datetime.date(month // 12, month % 12 + 1, 1) - datetime.timedelta(days=contract.mature_before.mature_days)
+    mature = pc.fill_null(pc.less(batch[contract.mature_before.name], last.isoformat()), False)
+    return mature.to_numpy(zero_copy_only=False).astype(np.float32)
+
+
+def month_of(batch: pa.RecordBatch) -> int:
+    return batch[MONTH][0].as_py() if len(batch) and MONTH in batch.schema.names else _LATER
 
 
 def learnable(batch: pa.RecordBatch) -> tuple[pa.RecordBatch, np.ndarray]:
@@ -60,19 +73,28 @@ class Features:
 
     Attributes:
         contract: the columns.
-        buckets: ids of each categorical column, the reserved ids included; in the order of `categoricals`.
+        vocabularies: the values of each of `categoricals` and, for a model that sees images, of the creative.
         boundaries: for each column of `numerics`, values in ascending order and the place in [-1, 1] that each is mapped to.
         knots: positions between which the position's effect is linear, ascending; empty without a position column.
         embedding_width: D, the width of an image embedding; 0 for a model that sees no image.
-        creative_buckets: ids of the creative itself, the reserved ids included; 0 for a model that sees no image.
+        history: outcomes of the months learnt from; None for a model that does not look at them.
     """
 
     contract: Contract
-    buckets: tuple[int, ...]
+    vocabularies: tuple[Vocabulary, ...]
     boundaries: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]
     knots: tuple[float, ...]
     embedding_width: int
-    creative_buckets: int
+    history: History | None = None
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Ids of each categorical column, the reserved ids included."""
+        return tuple(vocabulary.size for vocabulary in self.vocabularies[: len(self.categoricals)])
+
+    @property
+    def creative_buckets(self) -> int:
+        return self.vocabularies[-1].size if self.embedding_width else 0
 
     @property
     def categoricals(self) -> tuple[Column, ...]:
@@ -88,8 +110,9 @@ class Features:
         widths = {"categorical": len(self.categoricals), "numeric": 2 * len(self.numerics)}
         widths |= {"position": len(self.knots) + 1} if self.contract.position else {}
         widths |= {"embedding": self.embedding_width, "has_image": 1, "creative": 1} if self.embedding_width else {}
+        widths |= {"history": 2 * len(self.history.names)} if self.history else {}
         # Where there is nothing else to learn from, a constant stands in.
-        widths |= {} if widths["categorical"] or widths["numeric"] or self.embedding_width else {"constant": 1}
+        widths |= {} if widths["categorical"] or widths["numeric"] or self.embedding_width or self.history else {"constant": 1}
         return {name: width for name, width in widths.items() if width}
 
     def arrays(self, batch: pa.RecordBatch, at_reference: bool) -> Arrays:
@@ -100,18 +123,19 @@ class Features:
             at_reference: take every row's position as the contract's reference position, as scoring does.
 
         Returns:
-            categorical: int32 (rows, categoricals): 0 is missing, 1 is kept for values that training hides, others are hashed.
+            categorical: int32 (rows, categoricals): 0 is missing, 1 is a value never seen or one that training hides, others are known.
             numeric: float32 (rows, 2 x numerics): the values in [-1, 1], then 1 where missing (its value is 0 then).
             position: float32 (rows, knots + 1): weights of the two knots beside the position, then 1 where it is missing;
                 a position outside the knots counts as the nearest. Absent without a position column.
             embedding: float32 (rows, D), zeros where there is no image; absent where D is 0, and so is
             has_image: float32 (rows, 1), and
-            creative: int32 (rows, 1), hashed like a categorical; for what no image shows of a creative that was seen in training.
+            creative: int32 (rows, 1), like a categorical; for what no image shows of a creative that was seen in training.
+            history: float32 (rows, 2 x names), of the months before the batch's own.
         """
         out: Arrays = {}
-        if self.buckets:
-            columns = zip(self.categoricals, self.buckets, strict=True)
-            out["categorical"] = np.stack([_ids(batch[c.name], c.name, buckets) for c, buckets in columns], axis=1)
+        if self.categoricals:
+            columns = zip(self.categoricals, self.vocabularies, strict=False)
+            out["categorical"] = np.stack([vocabulary.ids(batch[c.name], c.name) for c, vocabulary in columns], axis=1)
         if self.boundaries:
             values = [_numbers(batch[column.name]) for column in self.numerics]
             scaled = [np.interp(v, *bounds) for v, bounds in zip(values, self.boundaries, strict=True)]
@@ -123,25 +147,28 @@ class Features:
             out["position"] = _hats(at, self.knots)
         if self.embedding_width:
             out |= _images(batch, self.embedding_width)
-            out["creative"] = _ids(batch["creative"], "creative", self.creative_buckets)[:, None]
+            out["creative"] = self.vocabularies[-1].ids(batch["creative"], "creative")[:, None]
+        if self.history:
+            out["history"] = self.history.arrays(batch, month_of(batch))
         if "constant" in self.widths:
             out["constant"] = np.ones((len(batch), 1), np.float32)
         return out
 
     def to_json(self) -> str:
-        plain = dataclasses.asdict(self) | {"contract": contracts.dumps(self.contract)}
-        return json.dumps(plain)
+        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        plain |= {"contract": contracts.dumps(self.contract), "vocabularies": [vocabulary.plain() for vocabulary in self.vocabularies]}
+        return json.dumps(plain | {"history": self.history and self.history.plain()})
 
     @classmethod
     def from_json(cls, text: str) -> "Features":
         plain = json.loads(text)
         return cls(
             contract=contracts.parse(plain["contract"]),
-            buckets=tuple(plain["buckets"]),
+            vocabularies=tuple(Vocabulary.from_plain(vocabulary) for vocabulary in plain["vocabularies"]),
             boundaries=tuple((tuple(values), tuple(places)) for values, places in plain["boundaries"]),
             knots=tuple(plain["knots"]),
             embedding_width=plain["embedding_width"],
-            creative_buckets=plain["creative_buckets"],
+            history=plain["history"] and History.from_plain(plain["history"]),
         )
 
 
@@ -152,26 +179,23 @@ class Fitter:
         from tfx_bsl.sketches import QuantilesSketch
 
         self._contract, self._width = contract, embedding_width
-        empty = Features(contract, (), (), (), 0, 0)
-        self._categoricals, self._numerics = empty.categoricals, empty.numerics
-        # The last is the creative's.
-        self._seen = np.zeros((len(self._categoricals) + 1, _BITMAP), bool)
+        empty = Features(contract, (), (), (), 0)
+        self._numerics = empty.numerics
+        names = [column.name for column in empty.categoricals] + ["creative"] * bool(embedding_width)
+        self._seen = {name: np.empty(0, np.uint64) for name in names}
         places = (*self._numerics, contract.position) if contract.position else self._numerics
         self._sketches = {column.name: QuantilesSketch(1e-3, 1 << 40, 1) for column in places}
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Take in feature values: TRAIN rows, labelled or not. No outcome is looked at."""
-        for seen, name in zip(self._seen, (*(column.name for column in self._categoricals), "creative"), strict=True):
-            seen[_hashes(_texts(batch[name]).dictionary, name) % np.uint64(_BITMAP)] = True
+        for name, seen in self._seen.items():
+            # Past the bound those of the lowest hashes stay, whatever order they came in.
+            self._seen[name] = np.union1d(seen, hashes_of(pc.unique(texts(batch[name]).dictionary_decode()).drop_null(), name))[:MAX_VALUES]
         for name, sketch in self._sketches.items():
             values = _numbers(batch[name])
             sketch.AddValues(pa.array(values[np.isfinite(values)]))
 
     def fit(self) -> Features:
-        full = np.minimum(self._seen.sum(axis=1), _BITMAP - 1)
-        *distinct, creatives = -_BITMAP * np.log1p(-full / _BITMAP)
-        buckets = tuple(_power_of_two(HEADROOM * count, MIN_BUCKETS, MAX_BUCKETS) for count in distinct)
-        creative_buckets = _power_of_two(HEADROOM * creatives, MIN_BUCKETS, MAX_CREATIVE_BUCKETS) if self._width else 0
         knots: tuple[float, ...] = ()
         if position := self._contract.position:
             values = np.unique(self._quantiles(position.name, 4 * QUANTILES))
@@ -179,7 +203,12 @@ class Fitter:
                 values = np.unique(self._quantiles(position.name, _POSITION_KNOTS - 1))
             knots = tuple(values.tolist())
         boundaries = tuple(_places(self._quantiles(column.name, QUANTILES)) for column in self._numerics)
-        return Features(self._contract, buckets, boundaries, knots, self._width, creative_buckets)
+        return Features(self._contract, tuple(map(Vocabulary.of, self._seen.values())), boundaries, knots, self._width)
+
+    def grown(self, features: Features) -> tuple[Features, list[np.ndarray]]:
+        """The features of a refresh: the parent's, with the values that are new; and the ids of those, by vocabulary."""
+        grown = [vocabulary.grown(seen) for vocabulary, seen in zip(features.vocabularies, self._seen.values(), strict=True)]
+        return dataclasses.replace(features, vocabularies=tuple(vocabulary for vocabulary, _ in grown)), [ids for _, ids in grown]
 
     def _quantiles(self, name: str, count: int) -> np.ndarray:
         values = self._sketches[name].GetQuantiles(count).flatten().to_numpy(zero_copy_only=False)
@@ -229,54 +258,11 @@ def _joined(blocks: list[Arrays], rng: np.random.Generator | None) -> Arrays:
     return {name: array[order] for name, array in whole.items()}
 
 
-@dataclasses.dataclass
-class Survey:
-    """What one pass over the window finds: counts of labelled TRAIN rows, and the features' spec."""
-
-    features: Features
-    rows: int
-    clicks: float
-    impressions: float
-
-    @property
-    def base_rate(self) -> float:
-        return min(max(self.clicks / self.impressions, 1e-6), 1 - 1e-6)
-
-
-def survey(batches: Iterable[pa.RecordBatch], contract: Contract, embedding_width: int, features: Features | None) -> Survey:
-    """Count the labelled TRAIN rows and, unless `features` are given, fit them to the TRAIN rows.
-
-    Raises:
-        ValueError: no click or only clicks among them.
-    """
-    fitter = None if features else Fitter(contract, embedding_width)
-    rows, clicks, impressions = 0, 0.0, 0.0
-    for batch in batches:
-        kept, split = learnable(batch)
-        train = kept.filter(pa.array(split == splits.TRAIN))
-        some_clicks, some_impressions = outcomes(train, contract)
-        rows += int(np.count_nonzero(some_impressions))
-        clicks += float(some_clicks.sum(dtype=np.float64))
-        impressions += float(some_impressions.sum(dtype=np.float64))
-        if fitter:
-            fitter.add(train)
-    if not 0 < clicks < impressions:
-        raise ValueError(
-            f"{clicks:,.0f} clicks in {impressions:,.0f} impressions of {rows:,} labelled rows to learn from; "
-            "expected at least one click and one impression without: are these the right months, and are their outcomes filled in?"
-        )
-    return Survey(features or (fitter.fit() if fitter else Features(contract, (), (), (), 0, 0)), rows, clicks, impressions)
-
-
 def _places(quantiles: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Distinct quantiles and their mean rank, scaled to [-1, 1]: a value that fills many quantiles sits in their middle."""
     values, inverse = np.unique(quantiles, return_inverse=True)
     ranks = np.bincount(inverse, np.linspace(-1, 1, len(quantiles))) / np.bincount(inverse)
     return tuple(values.tolist()), tuple((ranks if len(values) > 1 else np.zeros(1)).tolist())
-
-
-def _power_of_two(least: float, low: int, high: int) -> int:
-    return int(np.clip(1 << int(np.ceil(np.log2(max(least, 1)))), low, high))
 
 
 def _filled(column: pa.Array) -> np.ndarray:
@@ -286,25 +272,6 @@ def _filled(column: pa.Array) -> np.ndarray:
 def _numbers(column: pa.Array) -> np.ndarray:
     """float64 (rows,), NaN where missing."""
     return pc.fill_null(column.cast(pa.float64()), np.nan).to_numpy(zero_copy_only=False)
-
-
-def _texts(column: pa.Array) -> pa.DictionaryArray:
-    coded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
-    return pa.DictionaryArray.from_arrays(coded.indices, coded.dictionary.cast(pa.string()))
-
-
-def _hashes(texts: pa.Array, name: str) -> np.ndarray:
-    # Salted by the column's name, so that two columns of the same values do not collide alike.
-    return hash64_column(texts, salted(name))
-
-
-def _ids(column: pa.Array, name: str, buckets: int) -> np.ndarray:
-    """int32 (rows,)."""
-    coded = _texts(column)
-    hashed = FIRST_HASHED + _hashes(coded.dictionary, name) % np.uint64(buckets - FIRST_HASHED)
-    # A null's index is filled with that of the entry behind the last.
-    ids = np.append(hashed.astype(np.int32), np.int32(MISSING))
-    return ids[pc.fill_null(coded.indices, len(hashed)).to_numpy(zero_copy_only=False)]
 
 
 def _hats(values: np.ndarray, knots: tuple[float, ...]) -> np.ndarray:

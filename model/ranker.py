@@ -1,8 +1,9 @@
 """The ranker: a row and the embedding of its image become the probability of a click.
 
 Deep & Cross Network v2 with low-rank cross layers (Wang et al. 2021, "DCN V2", https://arxiv.org/abs/2008.13535) beside a small deep tower,
-on top of one linear weight for each category. The position only adds to the log-odds, so that a score at the reference
-position is the row's own score moved by what was learnt about positions.
+on top of a linear weight for each category, and for each pair of categories of columns that are small enough. What is learnt of pairs is
+scaled by a weight for each pair of columns, so that those that say nothing fade as a whole. The position only adds to the log-odds, so that
+a score at the reference position is the row's own score moved by what was learnt about positions.
 """
 
 import pathlib
@@ -18,11 +19,27 @@ BATCH = 8192
 _CLIP = 1e-7
 WIDTH, RANK, CROSSES, TOWER = 8, 24, 2, (64, 32)
 # Prior precisions of the weights by a part of their name; the first that fits counts.
-PRECISIONS = {"creative_effect": 12.0, "linear": 8.0, "vectors": 20.0, "position_effect": 1.0, "kernel": 50.0}
+PRECISIONS = {
+    "creative_effect": 16.0,
+    "linear": 12.0,
+    "pair_effect": 80.0,
+    "pair_scale": 1.0,
+    "vectors": 60.0,
+    "position_effect": 1.0,
+    "kernel": 150.0,
+}
+# Pairs of values of one pair of columns, of all pairs of columns, and pairs of columns, at most.
+_PAIR_VALUES, _ALL_PAIR_VALUES, _PAIRS = 1 << 17, 1 << 20, 24
+# The inputs that crosses and tower begin with, in this order; the categories' vectors come after them.
+_DENSE = ("numeric", "history", "embedding", "has_image", "constant")
+_IMAGE_INPUTS = ("embedding", "has_image")
 
 
 def build(features: Features, base_rate: float, dropout: float = 0.1) -> Any:
-    """The untrained network: the arrays of `Features.arrays` -> {"logit": float32 (n, 1)}; untrained, it says `base_rate` of any row."""
+    """The untrained network: the arrays of `Features.arrays` -> {"logit": float32 (n, 1), "calibrated": the same, calibrated}.
+
+    Untrained, it says `base_rate` of any row.
+    """
     import keras
 
     layers, initializers = keras.layers, keras.initializers
@@ -31,7 +48,7 @@ def build(features: Features, base_rate: float, dropout: float = 0.1) -> Any:
         for name, width in features.widths.items()
     }
     added = []
-    parts = [inputs[name] for name in ("numeric", "embedding", "has_image", "constant") if name in inputs]
+    parts = [inputs[name] for name in _DENSE if name in inputs]
     if "categorical" in inputs:
         # All columns share one table, each with its own range of rows: one gather instead of one a column.
         starts = np.cumsum((0, *features.buckets[:-1])).astype(np.int32)
@@ -40,6 +57,17 @@ def build(features: Features, base_rate: float, dropout: float = 0.1) -> Any:
         parts.append(layers.Flatten()(vectors))
         linear = layers.Embedding(sum(features.buckets), 1, "zeros", name="linear")(ids)
         added.append(keras.ops.sum(linear, axis=1))
+    if pairs := _pairs(features.buckets):
+        left, right = (np.array(side, np.int32) for side in zip(*pairs, strict=True))
+        sizes = np.array(features.buckets, np.int64)
+        starts = np.cumsum((0, *(sizes[left] * sizes[right])[:-1])).astype(np.int32)
+        both = keras.ops.take(inputs["categorical"], left, axis=1) * sizes[right].astype(np.int32)
+        both = keras.ops.add(both + keras.ops.take(inputs["categorical"], right, axis=1), starts)
+        effect = layers.Embedding(int((sizes[left] * sizes[right]).sum()), 1, initializers.RandomNormal(stddev=0.02), name="pair_effect")(
+            both
+        )
+        scale = layers.Dense(1, use_bias=False, kernel_initializer=initializers.Constant(0.3), name="pair_scale")
+        added.append(scale(layers.Reshape((len(pairs),))(effect)))
     if "creative" in inputs:
         own = layers.Embedding(features.creative_buckets, 1, "zeros", name="creative_effect")(inputs["creative"])
         added.append(layers.Flatten()(own))
@@ -56,7 +84,30 @@ def build(features: Features, base_rate: float, dropout: float = 0.1) -> Any:
     bias = initializers.Constant(float(np.log(base_rate) - np.log1p(-base_rate)))
     head = layers.Dense(1, kernel_initializer="zeros", bias_initializer=bias, name="head")
     logit = layers.Add()([head(layers.Concatenate()([x, deep])), *added]) if added else head(layers.Concatenate()([x, deep]))
-    return keras.Model(inputs, {"logit": logit}, name="ranker")
+    # Never trained: calibration sets it.
+    calibrated = layers.Dense(1, kernel_initializer="ones", trainable=False, name="calibration")(logit)
+    return keras.Model(inputs, {"logit": logit, "calibrated": calibrated}, name="ranker")
+
+
+def _pairs(buckets: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Pairs of categorical columns that have a weight for each pair of values, those with the fewest such pairs first."""
+    sized = sorted((buckets[i] * buckets[j], i, j) for i in range(len(buckets)) for j in range(i))
+    totals = np.cumsum([size for size, _, _ in sized])
+    few = [pair for pair, total in zip(sized, totals, strict=True) if pair[0] <= _PAIR_VALUES and total <= _ALL_PAIR_VALUES]
+    return [(i, j) for _, i, j in few[:_PAIRS]]
+
+
+def forget_images(path: str, weight: np.ndarray, features: Features) -> None:
+    """Set to 0, in place, those weights that a picture's embedding goes through, or that a creative has of its own."""
+    width, at = features.widths, 0
+    if "creative_effect" in path:
+        weight[:] = 0
+    for name in _DENSE:
+        span = slice(at, at + width.get(name, 0))
+        at = span.stop
+        if name in _IMAGE_INPUTS and path.endswith("kernel") and any(part in path for part in ("cross", "deep_0", "head")):
+            # A cross layer's second matrix leads back to the inputs; all others lead away from them.
+            weight[(slice(None), span) if "_out" in path else span] = 0
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
@@ -90,7 +141,7 @@ class Ranker:
         Raises:
             ValueError: not the folder of a ranker.
         """
-        return cls(SavedModel(folder, "ranker", "logit", 1, BATCH))
+        return cls(SavedModel(folder, "ranker", "calibrated", 1, BATCH))
 
     def predict(self, batch: pa.RecordBatch, at_reference: bool = True) -> np.ndarray:
         """Click probabilities of a joined batch, float64 (rows,): at the reference position, or at each row's own.
@@ -98,3 +149,8 @@ class Ranker:
         NaN for a row that the model fails on.
         """
         return probabilities(self._saved.run(self.features.arrays(batch, at_reference), len(batch))[:, 0])
+
+    def evidence(self, batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
+        """Impressions that each row's key and creative had in training, int64 (rows,) each."""
+        none = np.zeros(len(batch), np.int64)
+        return self.features.history.evidence(batch) if self.features.history else (none, none)

@@ -1,38 +1,32 @@
-"""Trains the two models from a stream of joined batches, in bounded memory and, for the same stream and seed, to the same bit.
+"""Trains the ranker from a stream of joined batches, in bounded memory and, for the same stream and seed, to the same bit.
 
-Only TRAIN rows are learnt from, TUNE rows stop the training early, and gate rows are dropped by `features.learnable` before anything
-reads an outcome. The loss is the binomial log loss per impression. Penalties are prior precisions: a weight of precision p is
-drawn from a normal distribution of variance 1/p, and what is minimised is the negative log posterior per impression, so that the
-pull towards 0 fades by itself as data grow.
+Only TRAIN rows are learnt from, TUNE rows stop the training early and calibrate what came of it, and gate rows are dropped by
+`features.learnable` before anything reads an outcome. Each month of the window has log-odds of its own, so that what is constant in time is
+not bent to explain what is not; the published model has the newest month's.
 """
 
 import dataclasses
-import itertools
 import json
 import math
 import pathlib
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from model import encoder, ranker, splits
-from model.features import UNKNOWN, Arrays, Features, Survey, learnable, minibatches, outcomes, survey
+from model import calibration, encoder, position, ranker, splits
+from model.descent import BESIDE, Descent, Progress, descend, deterministic, write
+from model.features import Arrays, Features, learnable, minibatches, month_of, outcomes
+from model.seen import UNKNOWN, hashes_of_rows
+from model.survey import Survey, survey
 from schemas.contract import Contract
 
 Examples = Callable[[int], Iterator[pa.RecordBatch]]
-Thumbnails = Callable[[], Iterator[pa.RecordBatch]]
-Progress = Callable[[str], None]
 
+MODES = ("auto", "refresh", "scratch")
 _POOL_ROWS = 65_536
-_POOL_THUMBNAILS = 4096
 _TUNE_ROWS = 262_144
-_TUNE_THUMBNAILS = 16_384
-# Beyond so many expected clicks a creative weighs no more: what is left is not noise but what its image does not show.
-_EXPECTED_CAP = 50.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,21 +37,40 @@ class Settings:
         batch: rows a step, at most; small data take smaller steps.
         steps: steps from scratch, at least, unless that is more than `max_epochs`.
         epochs, max_epochs: passes over the TRAIN rows from scratch, at least and at most.
-        refresh_epochs: passes when a parent's weights are the start.
-        rate: highest learning rate; it falls to 0 along a cosine. A refresh takes a third.
+        refresh_epochs: passes over what a refresh reads.
+        replay: share of the rows of months that the parent has learnt from which a refresh reads, others in each epoch.
+        rate: highest learning rate.
         patience: epochs without a better TUNE loss before training stops.
         hidden_categories, hidden_images: shares of the values and of the images that training hides.
+        negatives: share of the impressions without a click that is learnt from.
     """
 
     batch: int = 4096
-    steps: int = 400
+    steps: int = 540
     epochs: int = 3
     max_epochs: int = 15
-    refresh_epochs: int = 2
-    rate: float = 8e-3
-    patience: int = 2
+    refresh_epochs: int = 4
+    replay: float = 0.35
+    rate: float = 4e-3
+    patience: int = 3
     hidden_categories: float = 0.05
     hidden_images: float = 0.1
+    negatives: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Parent:
+    """The ranker that a training starts from.
+
+    Attributes:
+        folder: of the model.
+        spec: what `spec.json` holds.
+        same_encoder: whether it takes the same embeddings; if not, its image side starts anew.
+    """
+
+    folder: pathlib.Path
+    spec: dict[str, Any]
+    same_encoder: bool
 
 
 def train_ranker(
@@ -70,6 +83,7 @@ def train_ranker(
     parent: pathlib.Path | None,
     progress: Progress,
     settings: Settings | None = None,
+    mode: str = "auto",
 ) -> dict[str, Any]:
     """Train a ranker, or refresh the parent's, and write its folder.
 
@@ -79,33 +93,45 @@ def train_ranker(
         seed: with the examples, it decides every bit of the weights.
         folder: where the model is written; local.
         encoder_version, encoder_digest: the encoder of the batches' embeddings.
-        parent: folder of the ranker to start from; one of another contract or encoder is left aside.
+        parent: folder of the ranker to start from.
         progress: takes a short line an epoch.
         settings: how to train.
+        mode: `scratch` leaves the parent aside, `refresh` insists on it where there is one, `auto` starts anew if the contract has changed.
 
     Returns:
         What the model's manifest shows: mode, rows, clicks, impressions, epochs, losses and speed.
 
     Raises:
-        ValueError: the window has no click or only clicks among its TRAIN rows.
+        ValueError: the window has no click or only clicks among its TRAIN rows, or the parent cannot be refreshed.
+        LeakageError: a column gives the outcome away.
     """
-    import keras
-
     settings = settings or Settings()
-    _deterministic(seed)
-    start = _parent(parent, contract, encoder_digest)
-    found = survey(examples(0), contract, encoder.EMBEDDING_WIDTH, start)
-    if start and parent:
-        model = keras.models.load_model(parent / "model.keras", compile=False)
-        epochs, rate = settings.refresh_epochs, settings.rate / 3
-    else:
-        model = ranker.build(found.features, found.base_rate)
-        epochs, rate = 0, settings.rate
-    progress(
-        f"{'refresh' if start else 'scratch'}: {found.rows:,} rows, {found.clicks:,.0f} clicks in {found.impressions:,.0f} impressions"
-    )
-    summary = _fit_rows(model, examples, found, seed, settings, epochs, rate, progress)
-    summary = {"mode": "refresh" if start else "scratch", **summary}
+    deterministic(seed)
+    start = _parent(parent, contract, encoder_digest, mode, progress)
+    before = Features.from_json(start.spec["features"]) if start else None
+    found = survey(examples(0), contract, encoder.EMBEDDING_WIDTH, before, with_history=True)
+    months = sorted(found.months)
+    first = np.full(len(months), start.spec["level"] if start else 0.0, np.float32)
+    model = ranker.build(found.features, found.base_rate)
+    replay, epochs = dict[int, float](), 0
+    if start:
+        _warm_start(model, start, found)
+        # Without its image side a parent has as much to learn of each month again.
+        known = {month: settings.replay for month in months if start.same_encoder and month <= start.spec["newest_month"]}
+        replay, epochs = known, settings.refresh_epochs * (1 if start.same_encoder else 2)
+    kind = "scratch" if not start else "refresh" if start.same_encoder else "refresh with a new encoder"
+    progress(f"{kind}: {found.rows:,} rows, {found.clicks:,.0f} clicks in {found.impressions:,.0f} impressions; no two values share an id")
+    summary, levels, tune = fit_rows(model, examples, found, seed, settings, epochs, settings.rate, progress, replay, first)
+    if contract.position:
+        effect = model.get_layer("position_effect")
+        weights = effect.get_weights()[0]
+        within = position.within_keys(_without_position(model, examples, found, levels), weights[:, 0])
+        effect.set_weights([within.astype(np.float32)[:, None]])
+    logits = np.concatenate([np.zeros(0)] + [logits_of(model, batch, levels) for batch in tune])
+    outcome = {name: np.concatenate([np.zeros(0)] + [batch[name] for batch in tune]) for name in ("clicks", "impressions")}
+    slope, shift = calibration.fit(logits, outcome["clicks"], outcome["impressions"])
+    newest = float(levels[-1]) + shift / slope
+    model.get_layer("calibration").set_weights([np.array([[slope]], np.float32), np.array([slope * newest], np.float32)])
     spec = {
         "kind": "ranker",
         "fingerprint": contract.fingerprint,
@@ -113,116 +139,125 @@ def train_ranker(
         "base_rate": found.base_rate,
         "encoder_version": encoder_version,
         "encoder_digest": encoder_digest,
+        "newest_month": months[-1],
+        "level": newest,
+        "slope": slope,
+        "negatives": settings.negatives,
     }
-    _write(model, folder, spec)
-    return summary
+    write(model, folder, spec)
+    return {"mode": "refresh" if start else "scratch", **summary, "calibration_slope": round(slope, 4), "negatives": settings.negatives}
 
 
-def train_encoder(
-    examples: Examples, thumbnails: Thumbnails, contract: Contract, seed: int, folder: pathlib.Path, progress: Progress, epochs: int = 16
-) -> dict[str, Any]:
-    """Train an encoder on what the columns and the position leave unexplained of each creative's clicks, and write its folder.
-
-    Where no creative has both a thumbnail and TRAIN rows it is written untrained, since a model is needed all the same.
-
-    Args:
-        examples: as for `train_ranker`; the batches need no embedding.
-        thumbnails: batches of `creative` (string) and `thumbnail` (fixed size binary, 64 x 64 x 3 bytes), each creative once.
-        contract: the columns.
-        seed: with the streams, it decides every bit of the weights.
-        folder: where the model is written; local.
-        progress: takes a short line an epoch.
-        epochs: passes over the thumbnails, at most.
-
-    Raises:
-        ValueError: the window has no click or only clicks among its TRAIN rows.
-    """
-    _deterministic(seed)
-    found = survey(examples(0), contract, 0, None)
-    columns = ranker.build(found.features, found.base_rate)
-    progress(f"columns: {found.rows:,} rows, {found.clicks:,.0f} clicks in {found.impressions:,.0f} impressions")
-    settings = Settings(epochs=2, max_epochs=8, steps=200)
-    _fit_rows(columns, examples, found, seed, settings, 0, settings.rate, progress)
-    creatives = _sums(examples, found.features, columns)
-    tune = list(itertools.islice(minibatches(_thumbnails(thumbnails, creatives, splits.TUNE), 256, 0, None), _TUNE_THUMBNAILS // 256))
-    sizes = [(len(part["clicks"]), part["impressions"].sum(dtype=np.float64)) for part in _thumbnails(thumbnails, creatives, splits.TRAIN)]
-    train, impressions = sum(rows for rows, _ in sizes), float(sum(shown for _, shown in sizes))
-    model = encoder.build()
-    spec = {"kind": "encoder", "fingerprint": contract.fingerprint, "features": found.features.to_json(), "base_rate": found.base_rate}
-    counts = {"rows": found.rows, "clicks": found.clicks, "impressions": found.impressions, "creatives": train}
-    if not train:
-        progress("no creative with a picture and labelled rows to learn from: the encoder stays untrained, until a month has some")
-        _write(model, folder, spec)
-        return {"mode": "untrained", **counts, "epochs": 0, "tune_loss": None}
-    size = min(64, train)
-
-    def batches(epoch: int) -> Iterator[Arrays]:
-        rng = np.random.default_rng([seed, epoch])
-        for batch in minibatches(_thumbnails(thumbnails, creatives, splits.TRAIN), size, _POOL_THUMBNAILS, rng):
-            yield {**batch, "thumbnail": encoder.augmented(batch["thumbnail"], rng)}
-
-    penalties = [(weight, 1.0) for weight in model.trainable_variables if weight.path.endswith("kernel")]
-    descent = _Descent(train, impressions, size, epochs, rate=3e-3, patience=6, penalties=penalties)
-    descended = _descend(model, batches, tune, descent, progress)
-    embeddings = [
-        model({"thumbnail": batch["thumbnail"]}, training=False)["embedding"].numpy()[batch["impressions"] > 0]
-        for batch in minibatches(_thumbnails(thumbnails, creatives, splits.TRAIN), 256, _POOL_THUMBNAILS, None)
-    ]
-    encoder.standardise(model, np.concatenate(embeddings))
-    _write(model, folder, spec)
-    return {"mode": "scratch", **counts, **descended}
-
-
-def _deterministic(seed: int) -> None:
-    import keras
-    import tensorflow as tf
-
-    keras.utils.set_random_seed(seed % (1 << 32))
-    tf.config.experimental.enable_op_determinism()
-
-
-def _parent(parent: pathlib.Path | None, contract: Contract, encoder_digest: str) -> Features | None:
-    """The parent's features, if it can be refreshed."""
-    if parent is None:
+def _parent(parent: pathlib.Path | None, contract: Contract, encoder_digest: str, mode: str, progress: Progress) -> Parent | None:
+    """The parent, if it is to be refreshed."""
+    if parent is None or mode == "scratch":
         return None
     spec = json.loads((parent / "spec.json").read_text())
-    same = spec["fingerprint"] == contract.fingerprint and spec["encoder_digest"] == encoder_digest
-    return Features.from_json(spec["features"]) if same else None
+    if spec["fingerprint"] != contract.fingerprint:
+        why = f"the contract has changed since the parent was trained, from {spec['fingerprint']} to {contract.fingerprint}"
+        if mode == "refresh":
+            raise ValueError(f"{why}, so it cannot be refreshed; use train.mode auto or scratch")
+        progress(f"{why}, so training starts from scratch")
+        return None
+    return Parent(parent, spec, spec["encoder_digest"] == encoder_digest)
 
 
-def _write(model: Any, folder: pathlib.Path, spec: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save(folder / "model.keras")
-    model.export(folder / "saved_model", verbose=False)
-    (folder / "spec.json").write_text(json.dumps(spec, indent=1))
+def _warm_start(model: Any, start: Parent, found: Survey) -> None:
+    """The parent's weights, those of new values as of the trained unknown, and with another encoder an image side that starts anew."""
+    import keras
+
+    before = keras.models.load_model(start.folder / "model.keras", compile=False)
+    after = [array.copy() for array in before.get_weights()]
+    features = found.features
+    starts = np.cumsum((0, *features.buckets))
+    for number, weight in enumerate(model.weights):
+        if not start.same_encoder:
+            ranker.forget_images(weight.path, after[number], features)
+        for which, ids in enumerate(found.new_ids):
+            name, offset = ("creative_effect", 0) if which == len(features.categoricals) else (None, starts[which])
+            if (name and name in weight.path) or (name is None and any(part in weight.path for part in ("linear", "vectors"))):
+                after[number][offset + ids] = after[number][offset + UNKNOWN]
+    model.set_weights(after)
+    model.get_layer("calibration").set_weights([np.ones((1, 1), np.float32), np.zeros(1, np.float32)])
 
 
-# Rows.
+def _without_position(
+    model: Any, examples: Examples, found: Survey, levels: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """TRAIN rows as `position.within_keys` wants them."""
+    effects = model.get_layer("position_effect").get_weights()[0][:, 0]
+    for arrays, split, rows in labelled(examples, found, 0, np.random.default_rng(0), {}):
+        train, hats = split == splits.TRAIN, arrays["position"]
+        logits = [logits_of(model, batch, levels) for batch in minibatches([arrays], ranker.BATCH, 0, None)]
+        rest = np.concatenate(logits)[: len(rows)] - hats @ effects
+        yield tuple(array[train] for array in (hashes_of_rows(rows["key"], "key"), arrays["clicks"], arrays["impressions"], rest, hats))
 
 
-def _labelled(examples: Examples, features: Features, epoch: int) -> Iterator[tuple[Arrays, np.ndarray]]:
-    """Inputs and outcomes of the labelled TRAIN and TUNE rows at their own positions, and which they are."""
+def logits_of(model: Any, batch: Arrays, levels: np.ndarray) -> np.ndarray:
+    """Log-odds of a batch of `labelled` rows with their month's, float32 (rows,)."""
+    inputs = {name: array for name, array in batch.items() if name not in BESIDE}
+    return np.asarray(model(inputs, training=False)["logit"].numpy()[:, 0] + levels[batch["month"]])
+
+
+def labelled(
+    examples: Examples, found: Survey, epoch: int, rng: np.random.Generator, replay: dict[int, float], negatives: float = 1.0
+) -> Iterator[tuple[Arrays, np.ndarray, pa.RecordBatch]]:
+    """Inputs, outcomes and month of the labelled TRAIN and TUNE rows at their own positions, which they are, and the rows.
+
+    Of the TRAIN rows of a month in `replay` only that share is taken, and weighs so much the more. Of their impressions without a click
+    only a share w, `negatives`, is taken. He et al. 2014 train on such rows, and turn the model's p into q = p / (p + (1 - p) / w). In
+    log-odds that is a shift by log w. It is made here, on the side of training: what is fitted to these rows is the model's log-odds less
+    log w (`offset`), so the model itself says q, and nobody can forget it.
+    """
+    months = sorted(found.months)
     for batch in examples(epoch):
         kept, split = learnable(batch)
-        clicks, impressions = outcomes(kept, features.contract)
-        known = impressions > 0
-        arrays = features.arrays(kept.filter(pa.array(known)), at_reference=False)
-        yield {**arrays, "clicks": clicks[known], "impressions": impressions[known]}, split[known]
+        clicks, impressions = outcomes(kept, found.features.contract)
+        month, train = month_of(batch), split == splits.TRAIN
+        share = replay.get(month, 1.0)
+        use, offset = impressions > 0, np.zeros(len(kept), np.float32)
+        if share < 1:
+            use &= ~train | (rng.random(len(kept)) < share)
+        if negatives < 1:
+            drawn = rng.binomial((impressions - clicks).astype(np.int64), negatives).astype(np.float32)
+            impressions, offset = np.where(train, clicks + drawn, impressions), np.where(train, np.float32(-math.log(negatives)), offset)
+            use &= impressions > 0
+        if use.any():
+            rows = kept.filter(pa.array(use))
+            arrays = found.features.arrays(rows, at_reference=False)
+            place = np.full(len(kept), min(int(np.searchsorted(months, month)), len(months) - 1), np.int32)
+            weight = np.where(train, np.float32(1 / share), np.float32(1))
+            beside = {"clicks": clicks * weight, "impressions": impressions * weight, "offset": offset, "month": place}
+            yield {**arrays, **{name: array[use] for name, array in beside.items()}}, split[use], rows
 
 
-def _fit_rows(
-    model: Any, examples: Examples, found: Survey, seed: int, settings: Settings, epochs: int, rate: float, progress: Progress
-) -> dict[str, Any]:
-    """Fit a ranker, with or without images, to the rows; `epochs` 0 leaves their number to the settings."""
+def fit_rows(
+    model: Any,
+    examples: Examples,
+    found: Survey,
+    seed: int,
+    settings: Settings,
+    epochs: int,
+    rate: float,
+    progress: Progress,
+    replay: dict[int, float],
+    levels: np.ndarray,
+) -> tuple[dict[str, Any], np.ndarray, list[Arrays]]:
+    """Fit a ranker, with or without images, to the rows; `epochs` 0 leaves their number to the settings.
+
+    Returns:
+        What came of it, the months' log-odds, and batches of TUNE rows.
+    """
+    read = round(sum(rows * replay.get(month, 1.0) for month, (rows, _, _) in found.months.items()))
     # Small data need small steps: about 50 in an epoch, unless that makes them smaller than 128 rows.
-    size = min(settings.batch, max(128, 1 << round(math.log2(found.rows / 50 + 1))))
-    enough = math.ceil(settings.steps / math.ceil(found.rows / size))
+    size = min(settings.batch, max(128, 1 << round(math.log2(read / 50 + 1))))
+    enough = math.ceil(settings.steps / math.ceil(read / size))
     epochs = epochs or min(settings.max_epochs, max(settings.epochs, enough))
     tune: list[Arrays] = []
 
-    def train(epoch: int) -> Iterator[Arrays]:
+    def train(epoch: int, rng: np.random.Generator) -> Iterator[Arrays]:
         held = 0
-        for arrays, split in _labelled(examples, found.features, epoch):
+        for arrays, split, _ in labelled(examples, found, epoch, rng, replay, settings.negatives):
             if epoch == 0 and held < _TUNE_ROWS and (split == splits.TUNE).any():
                 tune.append({name: array[split == splits.TUNE] for name, array in arrays.items()})
                 held += len(tune[-1]["clicks"])
@@ -230,7 +265,7 @@ def _fit_rows(
 
     def batches(epoch: int) -> Iterator[Arrays]:
         rng = np.random.default_rng([seed, epoch])
-        for batch in minibatches(train(epoch), size, _POOL_ROWS, rng):
+        for batch in minibatches(train(epoch, rng), size, _POOL_ROWS, rng):
             if "categorical" in batch:
                 batch["categorical"][rng.random(batch["categorical"].shape, np.float32) < settings.hidden_categories] = UNKNOWN
             if "embedding" in batch:
@@ -241,158 +276,6 @@ def _fit_rows(
         if epoch == 0:
             tune[:] = minibatches(tune[:], ranker.BATCH, 0, None)
 
-    penalties = []
-    for weight in model.trainable_variables:
-        precision = next((value for name, value in ranker.PRECISIONS.items() if name in weight.path), 0.0)
-        if precision:
-            penalties.append((weight, precision))
-    counts = {"rows": found.rows, "clicks": found.clicks, "impressions": found.impressions}
-    descent = _Descent(found.rows, found.impressions, size, epochs, rate, settings.patience, penalties)
-    return {**counts, **_descend(model, batches, tune, descent, progress)}
-
-
-# Creatives.
-
-
-def _sums(examples: Examples, features: Features, columns: Any) -> pa.Table:
-    """Each creative with its labelled rows summed up: creative, split, clicks, impressions, offset (log-odds by columns and position).
-
-    A creative's rows count if their split is the creative's own: TRAIN rows of TRAIN creatives, TUNE rows of TUNE creatives.
-    """
-    names = ("clicks", "impressions", "expected")
-    sums = None
-    for batch in examples(0):
-        kept, split = learnable(batch)
-        split_of_creative = splits.split_of_creatives(kept["creative"])
-        clicks, impressions = outcomes(kept, features.contract)
-        use = (impressions > 0) & (split == split_of_creative) & kept["creative"].is_valid().to_numpy(zero_copy_only=False)
-        rows = kept.filter(pa.array(use))
-        arrays = features.arrays(rows, at_reference=False)
-        logits = [columns(part, training=False)["logit"].numpy() for part in minibatches([arrays], ranker.BATCH, 0, None)]
-        expected = ranker.probabilities(np.concatenate(logits)[: len(rows), 0]) * impressions[use] if logits else np.zeros(0)
-        values = (clicks[use].astype(np.float64), impressions[use].astype(np.float64), expected)
-        part = pa.table({"creative": rows["creative"], **dict(zip(names, values, strict=True))})
-        both = pa.concat_tables([sums, part]) if sums else part
-        summed = both.group_by("creative", use_threads=False).aggregate([(name, "sum") for name in names])
-        sums = summed.rename_columns(["creative", *names])
-    if sums is None:
-        raise ValueError("the window has no rows; expected labelled rows with images")
-    impressions, expected = sums["impressions"].to_numpy(), sums["expected"].to_numpy()
-    weight = np.minimum(1, _EXPECTED_CAP / expected)
-    rate = expected / impressions
-    return pa.table(
-        {
-            "creative": sums["creative"].combine_chunks(),
-            "split": splits.split_of_creatives(sums["creative"].combine_chunks()),
-            "clicks": (sums["clicks"].to_numpy() * weight).astype(np.float32),
-            "impressions": (impressions * weight).astype(np.float32),
-            "offset": np.log(rate / (1 - rate)).astype(np.float32),
-        }
-    )
-
-
-def _thumbnails(thumbnails: Thumbnails, creatives: pa.Table, split: int) -> Iterator[Arrays]:
-    """Thumbnails of the creatives of a split, each with its sums."""
-    wanted = creatives.filter(pc.equal(creatives["split"], split)).combine_chunks()
-    sums = {name: wanted[name].to_numpy() for name in ("clicks", "impressions", "offset")}
-    side = encoder.THUMBNAIL_SIZE
-    for batch in thumbnails():
-        places = pc.index_in(batch["creative"], wanted["creative"])
-        found = batch["thumbnail"].filter(places.is_valid())
-        if not len(found):
-            continue
-        rows = pc.drop_null(places).to_numpy()
-        pixels = np.frombuffer(found.buffers()[1], np.uint8)[found.offset * side * side * 3 :][: len(found) * side * side * 3]
-        yield {"thumbnail": pixels.reshape(len(found), side, side, 3), **{name: array[rows] for name, array in sums.items()}}
-
-
-# Descent.
-
-
-@dataclasses.dataclass(frozen=True)
-class _Descent:
-    """How to minimise.
-
-    Attributes:
-        rows, impressions: in an epoch.
-        size: rows in a batch.
-        epochs: at most.
-        rate: highest learning rate.
-        patience: epochs without a better TUNE loss before it stops.
-        penalties: weights and their prior precisions.
-    """
-
-    rows: int
-    impressions: float
-    size: int
-    epochs: int
-    rate: float
-    patience: int
-    penalties: list[tuple[Any, float]]
-
-
-def _descend(
-    model: Any, batches: Callable[[int], Iterator[Arrays]], tune: list[Arrays], descent: _Descent, progress: Progress
-) -> dict[str, Any]:
-    """Minimise the binomial log loss of the model's logits; the weights of the epoch with the least TUNE loss are kept.
-
-    `batches` gives an epoch's batches, all of one shape. `tune` is read after the first epoch, so its batches may come up
-    to fill it; when it stays empty, the last epoch's weights are kept.
-    """
-    import keras
-    import tensorflow as tf
-
-    steps = descent.epochs * math.ceil(descent.rows / descent.size)
-    per_step = descent.size * descent.impressions / descent.rows
-    schedule = keras.optimizers.schedules.CosineDecay(
-        descent.rate / 10, steps, warmup_target=descent.rate, warmup_steps=max(1, steps // 20)
-    )
-    optimizer = keras.optimizers.Adam(schedule)
-    weights = model.trainable_variables
-    optimizer.build(weights)
-
-    def loss(batch: dict[str, Any], training: bool) -> Any:
-        inputs = {name: value for name, value in batch.items() if name not in ("clicks", "impressions", "offset")}
-        logits = model(inputs, training=training)["logit"][:, 0]
-        if "offset" in batch:
-            logits += batch["offset"]
-        return tf.reduce_sum(batch["impressions"] * tf.nn.softplus(logits) - batch["clicks"] * logits)
-
-    @tf.function
-    def step(batch: dict[str, Any]) -> Any:
-        with tf.GradientTape() as tape:
-            fit = loss(batch, True)
-            prior = tf.add_n([precision / 2 * tf.reduce_sum(tf.square(weight.value)) for weight, precision in descent.penalties])
-            objective = fit / per_step + prior / descent.impressions
-        optimizer.apply(tape.gradient(objective, weights), weights)
-        return fit
-
-    evaluate = tf.function(lambda batch: loss(batch, False))
-    best, best_epoch, best_weights = math.inf, 0, list[np.ndarray]()
-    train_loss = tune_loss = math.nan
-    trained, began = 0.0, time.monotonic()
-    for epoch in range(descent.epochs):
-        started, fits, rows = time.monotonic(), [], 0
-        for batch in batches(epoch):
-            fits.append(step(batch))
-            rows += len(batch["clicks"])
-        trained += rows
-        train_loss = float(np.sum([float(fit) for fit in fits])) / descent.impressions
-        rate_now = rows / (time.monotonic() - started)
-        shown = sum(float(batch["impressions"].sum(dtype=np.float64)) for batch in tune)
-        tune_loss = sum(float(evaluate(batch)) for batch in tune) / shown if shown else -float(epoch)
-        said = f"tune loss {tune_loss:.5f}" if shown else "no tune rows"
-        progress(f"epoch {epoch + 1}/{descent.epochs}: train loss {train_loss:.5f}, {said}, {rate_now:,.0f}/s")
-        if tune_loss < best:
-            best, best_epoch, best_weights = tune_loss, epoch, [weight.numpy() for weight in model.weights]
-        elif epoch - best_epoch >= descent.patience:
-            break
-    for weight, value in zip(model.weights, best_weights, strict=True):
-        weight.assign(value)
-    return {
-        "epochs": epoch + 1,
-        "best_epoch": best_epoch + 1,
-        "train_loss": train_loss,
-        "tune_loss": best if tune else None,
-        "examples_per_second": round(trained / (time.monotonic() - began)),
-    }
+    descent = Descent(read, found.impressions, size, epochs, rate, settings.patience, ranker.PRECISIONS, levels)
+    told, levels = descend(model, batches, tune, descent, progress)
+    return {"rows": found.rows, "clicks": found.clicks, "impressions": found.impressions, **told}, levels, tune

@@ -10,6 +10,10 @@ It is a TensorFlow Metadata `Schema` in text form, so that other tools read it t
     position      where the ad was shown; an input in training, held at `reference:N` (default 1) in scoring
     segment       sliced by in the gate and in reports, and carried into the score table; a feature as well
     categorical   an INT column whose numbers are names (BYTES columns always are)
+    history       a column such as campaign or advertiser, of which what happened in earlier months is a feature as well
+    mature_before `mature_before:N` on a BYTES column of dates, YYYY-MM-DD: a row whose date is not at least N days before the month's end
+                  is too young, so it is scored, and neither trained on nor judged
+    allow         a feature that stays one though it seems to tell the outcome (model/leakage.py)
     ignore        read and dropped
 
 All other columns are features.
@@ -34,11 +38,33 @@ if TYPE_CHECKING:
 log = logging.getLogger("adstocrat")
 
 DEFAULT = pathlib.Path(__file__).with_name("ads.pbtxt")
-TAGS = ("key", "image", "clicked", "clicks", "impressions", "position", "segment", "categorical", "ignore")
+TAGS = (
+    "key",
+    "image",
+    "clicked",
+    "clicks",
+    "impressions",
+    "position",
+    "segment",
+    "categorical",
+    "history",
+    "mature_before",
+    "allow",
+    "ignore",
+)
 OUTCOMES = ("clicked", "clicks", "impressions")
 # What Adstocrat itself adds to rows, beside all columns, and to scores, beside a contract's key and segment columns; none must collide.
-ADDED_TO_ROWS = frozenset(("key", "creative", "image_status", "embedding"))
-RESERVED = ADDED_TO_ROWS | {"month", "p_click", "score_status", "encoder_version", "model_version", "run_id"}
+ADDED_TO_ROWS = frozenset(("key", "creative", "image_status", "embedding", "month_number"))
+RESERVED = ADDED_TO_ROWS | {
+    "month",
+    "p_click",
+    "score_status",
+    "evidence_key",
+    "evidence_creative",
+    "encoder_version",
+    "model_version",
+    "run_id",
+}
 
 
 class ContractError(ValueError):
@@ -56,6 +82,7 @@ class Column:
         required: whether a row without a value is rejected.
         minimum, maximum: inclusive bounds of numbers; None is unbounded.
         reference: the position that scores are given at; only used with the tag `position`.
+        mature_days: days before the month's end; only used with the tag `mature_before`.
     """
 
     name: str
@@ -65,6 +92,7 @@ class Column:
     minimum: float | None = None
     maximum: float | None = None
     reference: float = 1.0
+    mature_days: int = 0
 
     @property
     def arrow_type(self) -> "pa.DataType":
@@ -98,7 +126,7 @@ class Contract:
                 raise ContractError(f"contract column {column.name!r} is tagged 'ignore' and {', '.join(sorted(roles))}; keep one of them")
             if column.kind == "bytes" and (column.minimum, column.maximum) != (None, None):
                 raise ContractError(f"contract column {column.name!r} is of type BYTES and has bounds; make it INT or FLOAT, or drop them")
-        for tag in ("image", *OUTCOMES, "position"):
+        for tag in ("image", *OUTCOMES, "position", "mature_before"):
             tagged = [column.name for column in self._tagged(tag)]
             if len(tagged) > 1:
                 raise ContractError(f"contract columns {', '.join(tagged)} are all tagged {tag!r}; expected one at most")
@@ -117,6 +145,10 @@ class Contract:
                 )
         if self.position and self.position.kind == "bytes":
             raise ContractError(f"contract column {self.position.name!r} is a position of type BYTES; expected INT or FLOAT")
+        if self.mature_before and self.mature_before.kind != "bytes":
+            raise ContractError(
+                f"contract column {self.mature_before.name!r} is a date of type {self.mature_before.kind!r}; expected BYTES"
+            )
         if self.image and self.image.kind != "bytes":
             raise ContractError(f"contract column {self.image.name!r} is an image of type {self.image.kind!r}; expected BYTES")
         for column in self.kept:
@@ -161,6 +193,10 @@ class Contract:
         return self._one("position")
 
     @property
+    def mature_before(self) -> Column | None:
+        return self._one("mature_before")
+
+    @property
     def segments(self) -> tuple[Column, ...]:
         return self._tagged("segment")
 
@@ -172,7 +208,7 @@ class Contract:
     @property
     def features(self) -> tuple[Column, ...]:
         """What the ranker sees beside the image and the position: never an outcome, never the key."""
-        taken = {"key", "image", "position", "ignore", *OUTCOMES}
+        taken = {"key", "image", "position", "mature_before", "ignore", *OUTCOMES}
         return tuple(column for column in self.columns if not column.tags & taken)
 
     @property
@@ -228,7 +264,9 @@ def dumps(contract: Contract) -> str:
         for bound, value in (("min", column.minimum), ("max", column.maximum)):
             if domain is not None and value is not None:
                 setattr(domain, bound, int(value) if column.kind == "int" else value)
-        feature.annotation.tag.extend(tag for tag in TAGS if tag in column.tags)
+        feature.annotation.tag.extend(tag for tag in TAGS if tag in column.tags and tag != "mature_before")
+        if "mature_before" in column.tags:
+            feature.annotation.tag.append(f"mature_before:{column.mature_days}")
         if "position" in column.tags:
             feature.annotation.tag.append(f"reference:{column.reference!r}")
     return text_format.MessageToString(schema)
@@ -248,14 +286,18 @@ def _column(feature: Any) -> Column:
         reference = float(min(references).partition(":")[2]) if references else 1.0
     except ValueError:
         raise ContractError(f"contract column {feature.name!r} has the tag {min(references)!r}; expected reference:NUMBER") from None
+    young = {tag for tag in tags if tag.startswith("mature_before")}
+    if young and not (days := min(young).partition(":")[2]).isdigit():
+        raise ContractError(f"contract column {feature.name!r} has the tag {min(young)!r}; expected mature_before:DAYS")
     return Column(
         name=feature.name,
         kind=kind,
-        tags=frozenset(tags - references),
+        tags=frozenset(tags - references - young | ({"mature_before"} if young else set())),
         required="key" in tags or feature.presence.min_fraction >= 1.0,
         minimum=bounds.get("min"),
         maximum=bounds.get("max"),
         reference=reference,
+        mature_days=int(days) if young else 0,
     )
 
 

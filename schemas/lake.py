@@ -35,6 +35,11 @@ def month_after(month: str, months: int = 1) -> str:
     return f"{count // 12:04d}-{count % 12 + 1:02d}"
 
 
+def month_number(month: str) -> int:
+    """Months since the year 0, so that months can be compared and counted."""
+    return 12 * int(month[:4]) + int(month[5:7])
+
+
 def months_between(first: str, last: str) -> list[str]:
     """All months from first to last, both included.
 

@@ -137,7 +137,10 @@ def test_the_fingerprint_of_the_sample_months_is_the_same_in_every_process() -> 
         ((KEY, tagged("a", "int", "image")), "'a' is an image of type 'int'; expected BYTES"),
         ((tagged("key", "bytes", "key"),), "'key' has a reserved name"),
         ((KEY, tagged("Run_ID", "bytes", "segment")), "'Run_ID' has a reserved name (creative, embedding, encoder_version,"),
-        ((KEY, tagged("key", "int")), "'key' has a reserved name (creative, embedding, image_status, key); rename it in the export"),
+        (
+            (KEY, tagged("key", "int")),
+            "'key' has a reserved name (creative, embedding, image_status, key, month_number); rename it in the export",
+        ),
         ((KEY, tagged("creative", "bytes", "image")), "'creative' has a reserved name"),
         ((KEY, tagged("a", "bytes", "ignore", "image")), "'a' is tagged 'ignore' and image; keep one of them"),
         ((tagged("a", "bytes", "ignore", "key", "segment"),), "'a' is tagged 'ignore' and key, segment; keep one of them"),

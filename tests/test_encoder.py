@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from model import encoder, splits, training
+from model import encoder, encoder_training, splits, training
 from schemas.contract import Column, Contract
 
 CONTRACT = Contract(
@@ -56,7 +56,7 @@ def examples(flip_gate: bool = False, clicks: bool = True) -> training.Examples:
 def train(folder: pathlib.Path, source: training.Examples, epochs: int = 2) -> list[np.ndarray]:
     import keras
 
-    training.train_encoder(source, thumbnails, CONTRACT, 7, folder, lambda line: None, epochs)
+    encoder_training.train_encoder(source, thumbnails, CONTRACT, 7, folder, lambda line: None, epochs)
     return keras.models.load_model(folder / "model.keras", compile=False).get_weights()
 
 
@@ -68,7 +68,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, lis
 
 def test_embeddings_know_what_is_clicked(tmp_path: pathlib.Path) -> None:
     lines: list[str] = []
-    summary = training.train_encoder(examples(), thumbnails, CONTRACT, 7, tmp_path, lines.append, 6)
+    summary = encoder_training.train_encoder(examples(), thumbnails, CONTRACT, 7, tmp_path, lines.append, 6)
     pixels, bright = pictures()
     embedding = encoder.Encoder.load(tmp_path).embed(pixels)
     gate = splits.split_of_creatives(pa.array(NAMES)) == splits.GATE
@@ -104,10 +104,10 @@ def test_errors(trained: tuple[pathlib.Path, list[np.ndarray]], tmp_path: pathli
     with pytest.raises(ValueError, match="expected uint8"):
         encoder.Encoder.load(trained[0]).embed(np.zeros((1, 32, 32, 3), np.uint8))
     with pytest.raises(ValueError, match=r"0 clicks in .* labelled rows"):
-        training.train_encoder(examples(clicks=False), thumbnails, CONTRACT, 0, tmp_path, lambda line: None)
+        encoder_training.train_encoder(examples(clicks=False), thumbnails, CONTRACT, 0, tmp_path, lambda line: None)
 
 
 def test_without_pictures_it_stays_untrained_and_runs(tmp_path: pathlib.Path) -> None:
-    summary = training.train_encoder(examples(), lambda: iter(()), CONTRACT, 0, tmp_path, lambda line: None)
+    summary = encoder_training.train_encoder(examples(), lambda: iter(()), CONTRACT, 0, tmp_path, lambda line: None)
     assert summary["mode"] == "untrained" and summary["creatives"] == 0
     assert np.isfinite(encoder.Encoder.load(tmp_path).embed(np.zeros((3, 64, 64, 3), np.uint8))).all()

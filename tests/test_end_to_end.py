@@ -136,12 +136,14 @@ def test_the_published_table_is_what_plain_code_computes(undisturbed: tuple[str,
     }
     place = {creative: i for i, creative in enumerate(creatives)}
     found = [place.get(table[key]["creative"]) for key in keys]
+    columns["key"] = pa.array(keys)
+    columns["month_number"] = pa.array([lake.month_number(month)] * len(keys), pa.int32())
     columns["creative"] = pa.array([table[key]["creative"] for key in keys], pa.string())
     columns["embedding"] = pa.array([None if i is None else embeddings[i] for i in found], pa.list_(pa.float32(), embeddings.shape[1]))
     features = Features.from_json(json.loads((tmp_path / "ranker" / "spec.json").read_text())["features"])
     arrays = features.arrays(pa.RecordBatch.from_pydict(columns), at_reference=True)
     rank = tf.saved_model.load(str(tmp_path / "ranker" / "saved_model"))
-    logits = rank.serve(arrays)["logit"].numpy()[:, 0]
+    logits = rank.serve(arrays)["calibrated"].numpy()[:, 0]
     probability = 1 / (1 + np.exp(-logits.astype(np.float64)))
     np.testing.assert_allclose([table[key]["p_click"] for key in keys], probability, rtol=0, atol=1e-6)
 

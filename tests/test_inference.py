@@ -19,9 +19,13 @@ class Says:
 
     probabilities: Sequence[float]
     base_rate: float = 0.02
+    encoder_version: str = "e"
 
     def predict(self, rows: pa.RecordBatch) -> np.ndarray:
         return np.array(self.probabilities[: len(rows)], np.float64)
+
+    def evidence(self, rows: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
+        return np.arange(len(rows)), np.arange(len(rows)) * 2
 
 
 class Mean:
@@ -65,16 +69,26 @@ CASES = [
 def test_scores_and_statuses(cases: list[tuple[str | None, float, float, str]]) -> None:
     rows = joined([creative for creative, *_ in cases])
     scores = scored(rows, Says([said for _, said, _, _ in cases]), ["format"])
-    assert scores.schema.names == ["key", "format", "p_click", "creative", "image_status", "score_status"]
+    assert scores.schema.names == [
+        "key",
+        "format",
+        "p_click",
+        "creative",
+        "image_status",
+        "score_status",
+        "evidence_key",
+        "evidence_creative",
+    ]
     assert scores["p_click"].to_pylist() == [expected for _, _, expected, _ in cases]
     assert scores["score_status"].to_pylist() == [status for *_, status in cases]
+    assert scores["evidence_creative"].to_pylist() == [2 * number for number in scores["evidence_key"].to_pylist()]
     assert scores.schema.field("score_status").type == pa.string()
     for same in ("key", "format", "creative", "image_status"):
         assert scores[same] == rows[same]
 
 
 def test_ranker_handler_keeps_the_batch_and_its_name(tmp_path: pathlib.Path) -> None:
-    handler, rows, ranker = RankerHandler(Folder(str(tmp_path)), "v", ["bid"]), joined(["a", None]), Says([0.1, 0.2])
+    handler, rows, ranker = RankerHandler(Folder(str(tmp_path)), "v", ["bid"], "e"), joined(["a", None]), Says([0.1, 0.2])
     ((name, scores),) = handler.run_inference(("unit@7", rows), ranker)
     assert name == "unit@7" and scores == scored(rows, ranker, ["bid"])
     assert handler.should_skip_batching() and handler.get_num_bytes(("unit@7", rows)) == rows.nbytes
@@ -94,8 +108,15 @@ def test_encoder_handler_embeds_the_rows_it_got(tmp_path: pathlib.Path, part: sl
 
 
 @pytest.mark.parametrize(
-    ("handler", "kind"), [(lambda s: RankerHandler(s, "v9", []), "ranker"), (lambda s: EncoderHandler(s, "v9"), "encoder")]
+    ("handler", "kind"), [(lambda s: RankerHandler(s, "v9", [], "e"), "ranker"), (lambda s: EncoderHandler(s, "v9"), "encoder")]
 )
 def test_a_version_that_is_not_there_is_named(tmp_path: pathlib.Path, handler: type, kind: str) -> None:
     with pytest.raises(registry.ModelError, match=f"no complete {kind} 'v9'"):
         handler(Folder(str(tmp_path))).load_model()
+
+
+def test_a_ranker_refuses_another_encoders_embeddings(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "load", lambda *of: Says([]))
+    assert isinstance(RankerHandler(Folder(str(tmp_path)), "v", [], "e").load_model(), Says)
+    with pytest.raises(registry.ModelError, match="ranker 'v' takes embeddings of encoder 'e', and was given those of 'f'"):
+        RankerHandler(Folder(str(tmp_path)), "v", [], "f").load_model()

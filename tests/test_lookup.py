@@ -123,6 +123,8 @@ def score_rows(run: MonthRun, rows: int) -> pa.RecordBatch:
         "creative": [f"{i:064x}" if i % 2 else None for i in range(rows)],
         "image_status": ["ok"] * rows,
         "score_status": ["ok"] * rows,
+        "evidence_key": [7] * rows,
+        "evidence_creative": [0] * rows,
     }
     versions = {"encoder_version": ["e"] * rows, "model_version": ["m"] * rows, "run_id": [run.id] * rows}
     return pa.RecordBatch.from_pydict({**some, **odd, **creative, **versions}, schema=tables.scores(CONTRACT))

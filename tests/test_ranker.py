@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+import model
 from model import encoder, splits, training
 from model.ranker import BATCH, Ranker
 from schemas.contract import Column, Contract
@@ -114,7 +115,7 @@ def test_padding_does_not_show(trained: tuple[pathlib.Path, dict[str, Any]], loa
 
     few = batch.slice(0, 100)
     saved = tf.saved_model.load(str(trained[0] / "saved_model"))
-    logits = saved.serve(loaded.features.arrays(few, True))["logit"].numpy()[:, 0]
+    logits = saved.serve(loaded.features.arrays(few, True))["calibrated"].numpy()[:, 0]
     np.testing.assert_allclose(1 / (1 + np.exp(-logits.astype(np.float64))), loaded.predict(few), rtol=1e-6)
     assert loaded.predict(batch.slice(0, 0)).shape == (0,)
 
@@ -151,15 +152,40 @@ def test_refresh_starts_from_the_parent(
     summary = train(tmp_path / "refreshed", batch.slice(0, 6000), parent=parent)
     assert summary["mode"] == "refresh" and summary["epochs"] <= QUICK.refresh_epochs
     refreshed = Ranker.load(tmp_path / "refreshed")
-    assert refreshed.features == Ranker.load(parent).features
+    assert refreshed.features.vocabularies == Ranker.load(parent).features.vocabularies
     old = Ranker.load(parent).predict(batch)
     assert 0 < np.abs(np.log(refreshed.predict(batch) / old)).mean() < 0.5
 
 
-def test_another_encoders_parent_is_left_aside(
+def test_a_new_encoder_renews_the_image_side_alone(
     trained: tuple[pathlib.Path, dict[str, Any]], tmp_path: pathlib.Path, batch: pa.RecordBatch
 ) -> None:
-    assert train(tmp_path, batch, digest="another", parent=trained[0])["mode"] == "scratch"
+    import dataclasses
+
+    still = dataclasses.replace(QUICK, refresh_epochs=1, rate=1e-9)
+    for digest in ("d", "another"):
+        training.train_ranker(source(batch), CONTRACT, 3, tmp_path / digest, "v1", digest, trained[0], lambda line: None, still)
+    same, renewed = (Ranker.load(tmp_path / digest) for digest in ("d", "another"))
+    blind = batch.drop_columns(["embedding"])
+    blind = blind.set_column(blind.schema.get_field_index("creative"), "creative", pa.nulls(ROWS, pa.string()))
+    told = [np.log(ranker.predict(batch) / ranker.predict(blind)).std() for ranker in (same, renewed)]
+    assert told[0] > 0.3 and told[1] < 0.01
+    by_columns = [np.log(ranker.predict(blind)) for ranker in (same, renewed)]
+    assert np.corrcoef(*by_columns)[0, 1] > 0.95
+    with pytest.raises(ValueError, match="takes embeddings of encoder 'v1'"):
+        model.load(tmp_path / "d", encoder_digest="another")
+
+
+def test_another_contract_starts_from_scratch_and_says_so(
+    trained: tuple[pathlib.Path, dict[str, Any]], tmp_path: pathlib.Path, batch: pa.RecordBatch
+) -> None:
+    other = Contract(tuple(column for column in CONTRACT.columns if column.name != "bid"))
+    lines: list[str] = []
+    arguments = (source(batch), other, 3, tmp_path, "v1", "d", trained[0], lines.append, QUICK)
+    assert training.train_ranker(*arguments)["mode"] == "scratch"
+    assert "the contract has changed" in lines[0]
+    with pytest.raises(ValueError, match=r"the contract has changed .* use train.mode auto or scratch"):
+        training.train_ranker(*arguments, "refresh")
 
 
 def test_errors(trained: tuple[pathlib.Path, dict[str, Any]], tmp_path: pathlib.Path, batch: pa.RecordBatch) -> None:

@@ -105,6 +105,9 @@ OTHER_SETTINGS = {
     "bigquery_location": "EU",
     "csv_newlines_in_values": False,
     "csv_encoding": "latin-1",
+    "encoder_refresh": "never",
+    "train_mode": "scratch",
+    "train_negatives": 0.5,
     "ingest_ready": "quiet 1s",
     "max_reject_share": 0.5,
     "max_ne_loss": 0.01,
@@ -115,8 +118,7 @@ OTHER_SETTINGS = {
 @pytest.mark.parametrize("name", OTHER_SETTINGS)
 def test_settings_that_affect_the_model_are_another_run(storage: Folder, name: str) -> None:
     changed = run_of(storage, **{name: OTHER_SETTINGS[name]}).id != run_of(storage).id
-    affecting = ("window_months", "seed", "csv_newlines_in_values", "csv_encoding", "max_ne_loss", "min_gate_clicks")
-    assert changed == (name in affecting)
+    assert changed == (name in Config(storage.uri).affecting_model())
 
 
 def test_another_contract_is_another_run(storage: Folder, tmp_path: pathlib.Path) -> None:
@@ -185,7 +187,8 @@ def promote(storage: Storage, chain: list[Champion]) -> None:
     for parent, champion in zip([None, *chain], chain, strict=False):
         info = {"month": champion.month, "parent": dataclasses.asdict(parent) if parent else None}
         lake.commit(storage, lake.model_folder("ranker", champion.ranker), Manifest("ranker", (), info))
-        lake.commit(storage, lake.model_folder("encoder", champion.encoder), Manifest("encoder", (), {"training": {"mode": "scratch"}}))
+        trained = {"training": {"mode": "scratch"}, "month": champion.month}
+        lake.commit(storage, lake.model_folder("encoder", champion.encoder), Manifest("encoder", (), trained))
         lake.move_pointer(storage, CHAMPION, champion)
 
 
@@ -212,6 +215,28 @@ def test_an_untrained_encoder_is_not_gone_on_with(storage: Folder) -> None:
     promote(storage, CHAIN[:1])
     run = run_of(storage)
     assert run.champion == CHAIN[0] and run.encoder == run.version
+
+
+@pytest.mark.parametrize(
+    ("setting", "embedded", "due"),
+    [
+        ("never", {"2026-08": 10, "2026-09": 1000}, False),
+        ("months 3", {}, False),
+        ("months 2", {}, True),
+        ("drift", {"2026-08": 100, "2026-09": 50}, False),
+        ("drift", {"2026-08": 100, "2026-09": 51}, True),
+        # What this month has brought, if it is run again, must not change the run.
+        ("drift", {"2026-08": 100, "2026-10": 51}, False),
+    ],
+)
+def test_an_encoder_is_trained_anew_when_it_is_due(storage: Folder, setting: str, embedded: dict[str, int], due: bool) -> None:
+    promote(storage, CHAIN[:2])
+    for month, rows in embedded.items():
+        folder = lake.embeddings_folder("e1", month, "r") + "/packs"
+        lake.commit(storage, folder, Manifest("packs", (lake.Receipt("p", f"{folder}/p.parquet", rows),), {}))
+    run = run_of(storage, encoder_refresh=setting)
+    assert run.champion == CHAIN[1]
+    assert run.encoder == (run.version if due else "e1")
 
 
 def test_without_a_champion_the_encoder_is_its_own(storage: Folder) -> None:

@@ -1,0 +1,194 @@
+"""What training saw of each value, known by its 64-bit hash: an id of its own for a category, and the months' outcomes behind history.
+
+Both are exact up to a bound on their size, past which values are left out and so count as never seen; nothing is mixed into another's.
+"""
+
+import base64
+import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from schemas.hashing import hash64_column, salted
+
+MISSING, UNKNOWN, FIRST_ID = 0, 1, 2
+MAX_VALUES = 1 << 20
+# Expected clicks that a value is taken to have had at the base rate before anything is known of it.
+_PRIOR_CLICKS = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """The values of a column and their ids, with room for values that later months bring.
+
+    Attributes:
+        packed: the values' hashes as little-endian uint64, in ascending order.
+        order: their ids as int32.
+        size: ids there may be; those not given out yet are there for growth.
+    """
+
+    packed: bytes
+    order: bytes
+    size: int
+
+    @functools.cached_property
+    def hashes(self) -> np.ndarray:
+        return np.frombuffer(self.packed, "<u8")
+
+    @functools.cached_property
+    def _ids(self) -> np.ndarray:
+        return np.frombuffer(self.order, "<i4")
+
+    @classmethod
+    def of(cls, hashes: np.ndarray) -> "Vocabulary":
+        """Of sorted distinct hashes."""
+        size = 1 << int(np.ceil(np.log2(max(1.5 * len(hashes) + FIRST_ID, 32))))
+        ids = np.arange(FIRST_ID, FIRST_ID + len(hashes), dtype="<i4")
+        return cls(hashes.astype("<u8").tobytes(), ids.tobytes(), size)
+
+    def grown(self, hashes: np.ndarray) -> tuple["Vocabulary", np.ndarray]:
+        """With those of the sorted distinct hashes that are new and find room; and their ids."""
+        new = np.setdiff1d(hashes, self.hashes, assume_unique=True)[: self.size - FIRST_ID - len(self.hashes)]
+        ids = np.arange(FIRST_ID + len(self.hashes), FIRST_ID + len(self.hashes) + len(new), dtype="<i4")
+        both, all_ids = np.concatenate([self.hashes, new]), np.concatenate([self._ids, ids])
+        order = np.argsort(both)
+        return Vocabulary(both[order].astype("<u8").tobytes(), all_ids[order].astype("<i4").tobytes(), self.size), ids
+
+    def ids(self, column: pa.Array, name: str) -> np.ndarray:
+        """int32 (rows,): MISSING for a null, UNKNOWN for a value that is not among them."""
+        coded = texts(column)
+        hashes = hashes_of(coded.dictionary, name)
+        known, place = found(self.hashes, hashes)
+        ids = np.where(known, self._ids[place] if len(self._ids) else UNKNOWN, UNKNOWN).astype(np.int32)
+        # A null's index is filled with that of the entry behind the last.
+        return np.append(ids, np.int32(MISSING))[pc.fill_null(coded.indices, len(ids)).to_numpy(zero_copy_only=False)]
+
+    def plain(self) -> dict[str, Any]:
+        return {"packed": _text(self.packed), "order": _text(self.order), "size": self.size}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> "Vocabulary":
+        return cls(_bytes(plain["packed"]), _bytes(plain["order"]), plain["size"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Tally:
+    """Clicks and impressions of a column's values in one month, float32, beside their sorted hashes."""
+
+    packed: bytes = b""
+    clicks: bytes = b""
+    impressions: bytes = b""
+
+    @functools.cached_property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return np.frombuffer(self.packed, "<u8"), np.frombuffer(self.clicks, "<f4"), np.frombuffer(self.impressions, "<f4")
+
+    def plus(self, hashes: np.ndarray, clicks: np.ndarray, impressions: np.ndarray) -> "Tally":
+        """With more rows; past `MAX_VALUES` the values with the fewest impressions are dropped."""
+        mine = self.arrays
+        values, inverse = np.unique(np.concatenate([mine[0], hashes]), return_inverse=True)
+        sums = [np.bincount(inverse, np.concatenate([a, b]), len(values)) for a, b in ((mine[1], clicks), (mine[2], impressions))]
+        keep = np.sort(np.argsort(-sums[1], kind="stable")[:MAX_VALUES])
+        return Tally(values[keep].astype("<u8").tobytes(), *(total[keep].astype("<f4").tobytes() for total in sums))
+
+    def of(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Clicks and impressions of each, 0 for one that is not there."""
+        known, clicks, impressions = self.arrays
+        there, place = found(known, hashes)
+        return (np.where(there, clicks[place], 0), np.where(there, impressions[place], 0)) if len(known) else (there * 0.0, there * 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """Outcomes of earlier months' TRAIN rows by key, creative and the columns tagged `history`.
+
+    Attributes:
+        names: `key`, `creative` and the columns, in the order of the tallies.
+        months: by month (as `month_number`), a tally for each name.
+        base_rate: clicks an impression that a value without history is taken to have.
+    """
+
+    names: tuple[str, ...]
+    months: dict[int, tuple[Tally, ...]]
+    base_rate: float
+
+    def plus(self, batch: pa.RecordBatch, month: int, clicks: np.ndarray, impressions: np.ndarray) -> "History":
+        """With labelled TRAIN rows of a month."""
+        before = self.months.get(month, (Tally(),) * len(self.names))
+        after = []
+        for tally, name in zip(before, self.names, strict=True):
+            valid = batch[name].is_valid().to_numpy(zero_copy_only=False)
+            rows = hashes_of_rows(batch[name], name)
+            after.append(tally.plus(rows[valid], clicks[valid], impressions[valid]))
+        return dataclasses.replace(self, months={**self.months, month: tuple(after)})
+
+    def arrays(self, batch: pa.RecordBatch, month: int) -> np.ndarray:
+        """float32 (rows, 2 x names): smoothed log-odds against the base rate, and log impressions, of the months before `month`."""
+        out = []
+        for clicks, impressions in self._sums(batch, [earlier for earlier in self.months if earlier < month]):
+            expected = impressions * self.base_rate
+            out += [np.log((clicks + _PRIOR_CLICKS) / (expected + _PRIOR_CLICKS)), np.log1p(impressions) / 4]
+        return np.stack(out, axis=1).astype(np.float32)
+
+    def evidence(self, batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
+        """Impressions that each row's key and creative had in training, int64 (rows,) each."""
+        (_, key), (_, creative), *_ = self._sums(batch, list(self.months))
+        return np.rint(key).astype(np.int64), np.rint(creative).astype(np.int64)
+
+    def _sums(self, batch: pa.RecordBatch, months: Iterable[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+        sums = []
+        for number, name in enumerate(self.names):
+            coded = texts(batch[name])
+            hashes = hashes_of(coded.dictionary, name)
+            clicks, impressions = np.zeros(len(hashes) + 1), np.zeros(len(hashes) + 1)
+            for month in sorted(months):
+                more = self.months[month][number].of(hashes)
+                clicks[:-1] += more[0]
+                impressions[:-1] += more[1]
+            rows = pc.fill_null(coded.indices, len(hashes)).to_numpy(zero_copy_only=False)
+            sums.append((clicks[rows], impressions[rows]))
+        return sums
+
+    def plain(self) -> dict[str, Any]:
+        months = {str(month): [[_text(t.packed), _text(t.clicks), _text(t.impressions)] for t in ts] for month, ts in self.months.items()}
+        return {"names": self.names, "months": months, "base_rate": self.base_rate}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> "History":
+        months = {int(month): tuple(Tally(*map(_bytes, parts)) for parts in tallies) for month, tallies in plain["months"].items()}
+        return cls(tuple(plain["names"]), months, plain["base_rate"])
+
+
+def found(known: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each of the wanted hashes is among the sorted known ones, and where."""
+    place = np.minimum(np.searchsorted(known, wanted), max(len(known) - 1, 0))
+    return (known[place] == wanted if len(known) else np.zeros(len(wanted), bool)), place
+
+
+def texts(column: pa.Array) -> pa.DictionaryArray:
+    coded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+    return pa.DictionaryArray.from_arrays(coded.indices, coded.dictionary.cast(pa.string()))
+
+
+def hashes_of(values: pa.Array, name: str) -> np.ndarray:
+    """uint64; salted by the column's name, so that two columns of the same values are apart."""
+    return hash64_column(values, salted(name))
+
+
+def hashes_of_rows(column: pa.Array, name: str) -> np.ndarray:
+    coded = texts(column)
+    return np.append(hashes_of(coded.dictionary, name), np.uint64(0))[
+        pc.fill_null(coded.indices, len(coded.dictionary)).to_numpy(zero_copy_only=False)
+    ]
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _bytes(text: str) -> bytes:
+    return base64.b64decode(text)

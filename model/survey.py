@@ -1,0 +1,92 @@
+"""The pass over the window before training: what there is to learn from, the features' spec, and whether a column tells the outcome."""
+
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+import pyarrow as pa
+
+from model import splits
+from model.features import Features, Fitter, learnable, month_of, outcomes
+from model.leakage import Guard
+from model.seen import History
+from schemas.contract import Contract
+
+
+@dataclasses.dataclass
+class Survey:
+    """What one pass over the window finds.
+
+    Attributes:
+        features: their spec, with the window's history where it was asked for.
+        new_ids: in a refresh, the ids of values that the parent had not seen, by vocabulary.
+        rows, clicks, impressions: of labelled TRAIN rows, by month.
+    """
+
+    features: Features
+    new_ids: list[np.ndarray]
+    months: dict[int, tuple[int, float, float]]
+
+    def totals(self, months: Iterable[int] | None = None) -> tuple[int, float, float]:
+        """Rows, clicks and impressions of some months, or of all."""
+        chosen = [self.months[month] for month in sorted(self.months if months is None else months)]
+        return sum(m[0] for m in chosen), sum(m[1] for m in chosen), sum(m[2] for m in chosen)
+
+    @property
+    def rows(self) -> int:
+        return self.totals()[0]
+
+    @property
+    def clicks(self) -> float:
+        return self.totals()[1]
+
+    @property
+    def impressions(self) -> float:
+        return self.totals()[2]
+
+    @property
+    def base_rate(self) -> float:
+        return min(max(self.clicks / self.impressions, 1e-6), 1 - 1e-6)
+
+
+def survey(
+    batches: Iterable[pa.RecordBatch], contract: Contract, embedding_width: int, parent: Features | None, with_history: bool = False
+) -> Survey:
+    """Count the labelled TRAIN rows, fit the features to the TRAIN rows, or let the parent's grow by what is new.
+
+    Raises:
+        ValueError: no click or only clicks among them.
+        LeakageError: a column gives the outcome away.
+    """
+    fitter, guard = Fitter(contract, embedding_width), Guard(contract)
+    names = ("key", "creative", *(column.name for column in contract.features if "history" in column.tags))
+    kept_months = parent.history.months if parent and parent.history else {}
+    history, months = History(names, {}, 0.0), dict[int, tuple[int, float, float]]()
+    for batch in batches:
+        kept, split = learnable(batch)
+        train = kept.filter(pa.array(split == splits.TRAIN))
+        clicks, impressions = outcomes(train, contract)
+        fitter.add(train)
+        guard.add(train, clicks, impressions)
+        known, month = impressions > 0, month_of(train)
+        if known.any():
+            rows, some_clicks, some_impressions = months.get(month, (0, 0.0, 0.0))
+            more = int(known.sum()), float(clicks.sum(dtype=np.float64)), float(impressions.sum(dtype=np.float64))
+            months[month] = (rows + more[0], some_clicks + more[1], some_impressions + more[2])
+            if with_history:
+                history = history.plus(train.filter(pa.array(known)), month, clicks[known], impressions[known])
+    found = Survey(Features(contract, (), (), (), 0), [], months)
+    if not 0 < found.clicks < found.impressions:
+        raise ValueError(
+            f"{found.clicks:,.0f} clicks in {found.impressions:,.0f} impressions of {found.rows:,} labelled rows to learn from; "
+            "expected at least one click and one impression without: are these the right months, and are their outcomes filled in?"
+        )
+    guard.check()
+    found.features, found.new_ids = fitter.grown(parent) if parent else (fitter.fit(), [])
+    if with_history:
+        # Months before the window are known by the parent alone.
+        months_seen = dict(
+            sorted({**{month: seen for month, seen in kept_months.items() if month not in months}, **history.months}.items())
+        )
+        found.features = dataclasses.replace(found.features, history=History(names, months_seen, found.base_rate))
+    return found

@@ -1,0 +1,72 @@
+"""Each value seen has an id of its own, any other is unknown, and history is of the months before."""
+
+import numpy as np
+import pyarrow as pa
+
+from model.features import MONTH, outcomes
+from model.seen import MISSING, UNKNOWN, History, Tally, Vocabulary, hashes_of
+from schemas import contract as contracts
+
+VALUES = pa.array([f"v{i}" for i in range(500)])
+DATED = """
+feature { name: "ad" type: BYTES annotation { tag: "key" } }
+feature { name: "began" type: BYTES annotation { tag: "mature_before:7" } }
+feature { name: "clicks" type: INT annotation { tag: "clicks" } }
+feature { name: "impressions" type: INT annotation { tag: "impressions" } }
+"""
+
+
+def test_no_two_values_share_an_id_and_a_new_one_is_unknown() -> None:
+    vocabulary = Vocabulary.of(np.sort(hashes_of(VALUES, "x")))
+    ids = vocabulary.ids(pa.concat_arrays([VALUES, pa.array([None, "new"])]), "x")
+    assert len(set(ids[:500].tolist())) == 500 and ids[:500].min() > UNKNOWN and ids.max() < vocabulary.size
+    assert ids[500:].tolist() == [MISSING, UNKNOWN]
+    assert Vocabulary.of(np.empty(0, np.uint64)).ids(VALUES[:3], "x").tolist() == [UNKNOWN] * 3
+
+
+def test_a_vocabulary_grows_without_moving_what_is_there_and_stops_when_full() -> None:
+    few = Vocabulary.of(np.sort(hashes_of(VALUES[:100], "x")))
+    grown, new = few.grown(np.sort(hashes_of(VALUES, "x")))
+    np.testing.assert_array_equal(grown.ids(VALUES[:100], "x"), few.ids(VALUES[:100], "x"))
+    more = grown.ids(VALUES[100:], "x")
+    assert sorted(more[more != UNKNOWN].tolist()) == new.tolist() == list(range(102, few.size))
+    assert Vocabulary.from_plain(grown.plain()) == grown
+
+
+def rows(keys: list[str], creatives: list[str | None]) -> pa.RecordBatch:
+    return pa.RecordBatch.from_pydict({"key": keys, "creative": pa.array(creatives, pa.string())})
+
+
+def test_history_is_of_the_months_before_and_evidence_of_all() -> None:
+    first, second = rows(["a", "b"], ["x", None]), rows(["a", "a"], ["x", "y"])
+    history = History(("key", "creative"), {}, 0.1)
+    history = history.plus(first, 10, np.array([2.0, 1.0]), np.array([20.0, 10.0])).plus(
+        second, 11, np.array([9.0, 0.0]), np.array([30.0, 5.0])
+    )
+    wanted = rows(["a", "b", "c"], ["x", None, "y"])
+    assert not history.arrays(wanted, 10).any()
+    at = history.arrays(wanted, 11)
+    np.testing.assert_allclose(at[:, 1], np.log1p([20, 10, 0]) / 4, rtol=1e-6)
+    np.testing.assert_allclose(at[0, 0], np.log(7 / 7), atol=1e-6)
+    assert history.arrays(wanted, 12)[0, 0] > 0
+    key, creative = history.evidence(wanted)
+    assert key.tolist() == [55, 10, 0] and creative.tolist() == [50, 0, 5]
+    # What happens in a month leaves its own history as it was.
+    other = history.plus(second, 11, np.array([20.0, 5.0]), np.array([30.0, 5.0]))
+    np.testing.assert_array_equal(other.arrays(wanted, 11), at)
+    assert (other.arrays(wanted, 12) != history.arrays(wanted, 12)).any()
+    assert History.from_plain(history.plain()) == history
+
+
+def test_a_full_tally_keeps_the_values_with_the_most_impressions(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr("model.seen.MAX_VALUES", 2)
+    tally = Tally().plus(np.array([5, 6, 7, 5], np.uint64), np.zeros(4), np.array([1, 5, 3, 1]))
+    assert tally.arrays[0].tolist() == [6, 7] and tally.arrays[2].tolist() == [5, 3]
+
+
+def test_rows_that_are_too_young_have_no_outcome() -> None:
+    contract = contracts.parse(DATED)
+    assert contracts.parse(contracts.dumps(contract)) == contract and not contract.features
+    columns = {"began": ["2026-12-25", "2026-12-24", None, "2026-11-30"], "clicks": [1] * 4, "impressions": [2] * 4}
+    batch = pa.RecordBatch.from_pydict({**columns, MONTH: [12 * 2026 + 12] * 4})
+    assert [array.tolist() for array in outcomes(batch, contract)] == [[0, 1, 0, 1], [0, 2, 0, 2]]
