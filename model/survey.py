@@ -20,29 +20,24 @@ class Survey:
     Attributes:
         features: their spec, with the window's history where it was asked for.
         new_ids: in a refresh, the ids of values that the parent had not seen, by vocabulary.
-        rows, clicks, impressions: of labelled TRAIN rows, by month.
+        months: rows, clicks and impressions of the labelled TRAIN rows of each month.
     """
 
     features: Features
     new_ids: list[np.ndarray]
     months: dict[int, tuple[int, float, float]]
 
-    def totals(self, months: Iterable[int] | None = None) -> tuple[int, float, float]:
-        """Rows, clicks and impressions of some months, or of all."""
-        chosen = [self.months[month] for month in sorted(self.months if months is None else months)]
-        return sum(m[0] for m in chosen), sum(m[1] for m in chosen), sum(m[2] for m in chosen)
-
     @property
     def rows(self) -> int:
-        return self.totals()[0]
+        return sum(rows for rows, _, _ in self.months.values())
 
     @property
     def clicks(self) -> float:
-        return self.totals()[1]
+        return sum(clicks for _, clicks, _ in self.months.values())
 
     @property
     def impressions(self) -> float:
-        return self.totals()[2]
+        return sum(impressions for _, _, impressions in self.months.values())
 
     @property
     def base_rate(self) -> float:

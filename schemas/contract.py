@@ -220,6 +220,10 @@ class Contract:
     def fingerprint(self) -> str:
         """Digest of everything that columns mean; comments and layout of the file do not count."""
         plain = [{**dataclasses.asdict(column), "tags": sorted(column.tags)} for column in self.columns]
+        for column in plain:
+            # Contracts that do not use it mean what they meant before there was such a tag.
+            if not column["mature_days"]:
+                del column["mature_days"]
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
