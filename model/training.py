@@ -26,6 +26,8 @@ Examples = Callable[[int], Iterator[pa.RecordBatch]]
 
 MODES = ("auto", "refresh", "scratch")
 _POOL_ROWS = 65_536
+# A refresh begins with these weights of its parent made smaller, or it would go on to learn its rows by heart (Ash and Adams 2020).
+_KEPT, _KEPT_OF_ANOTHER = 0.6, 0.4
 _TUNE_ROWS = 262_144
 
 
@@ -171,6 +173,8 @@ def _warm_start(model: Any, start: Parent, found: Survey) -> None:
     features = found.features
     starts = np.cumsum((0, *features.buckets))
     for number, weight in enumerate(model.weights):
+        if "bias" not in weight.path and any(part in weight.path for part in ("linear", "vectors", "pair", "cross", "deep", "head")):
+            after[number] *= _KEPT if start.same_encoder else _KEPT_OF_ANOTHER
         if not start.same_encoder:
             ranker.forget_images(weight.path, after[number], features)
         for which, ids in enumerate(found.new_ids):
