@@ -173,7 +173,7 @@ def test_roles_that_make_no_contract_leave_no_file(
     [
         [],
         ["--runner=FlinkRunner", "--flink_master=host:8081"],
-        ["--runner", "DataflowRunner", "--project=p", "--region=r", "--temp_location=gs://b/t"],
+        ["--runner", "DataflowRunner", "--project=p", "--region=r", "--temp_location=gs://b/t", "--sdk_container_image=i/worker:1"],
         ["--direct_num_workers=1", "--direct_running_mode=in_memory"],
     ],
 )
