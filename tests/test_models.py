@@ -202,6 +202,20 @@ def test_models_are_listed_moved_to_and_compared(september: Folder, tmp_path: pa
         models.compare(storage, old, "other")
 
 
+def test_the_evaluation_is_written_for_tfma_too(september: Folder, tmp_path: pathlib.Path) -> None:
+    path = str(pathlib.Path(september.uri) / "contract.pbtxt")
+    folder = str(tmp_path / "tfma")
+    assert main(["evaluate", SEPTEMBER, "--lake", september.uri, "--contract", path, "--write-tfma", folder]) == 0
+    import tensorflow_model_analysis
+
+    (metrics,) = (
+        found[""][""] for key, found in tensorflow_model_analysis.load_eval_result(folder, model_name="champion").slicing_metrics if not key
+    )
+    expected = evaluation(september, SEPTEMBER)["metrics"]["champion"]
+    assert metrics["binary_crossentropy"]["doubleValue"] == pytest.approx(expected["log_loss"], rel=1e-6)
+    assert metrics["weighted_example_count"]["doubleValue"] == expected["impressions"]
+
+
 def test_golden_scores_tell_another_model(september: Folder, tmp_path: pathlib.Path) -> None:
     registry.fetch(september, "ranker", pointers(september)[0].ranker, tmp_path / "new")
     assert golden.check(tmp_path / "new") == ""
