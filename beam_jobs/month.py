@@ -131,14 +131,14 @@ def _embed(run: MonthRun, flags: Flags) -> None:
     from beam_jobs import embed
 
     run.manifest(_encoder_folder(run), "encoder")
-    encoders = list(dict.fromkeys(encoder for encoder, _, _ in _to_embed(run)))
-    for number, encoder in enumerate(encoders):
+    # Each pipeline has a name of its own; those of the run's own encoder, which is the first, need no number.
+    number = {encoder: f"-{i}" if i else "" for i, encoder in enumerate(dict.fromkeys(encoder for encoder, _, _ in _to_embed(run)))}
+    for encoder in number:
         if lake.read_manifest(run.storage, lake.embeddings_folder(encoder, run.month, run.id) + "/packs") is None:
-            _pipeline(f"embed-packs-{number}", embed.define_pack_pipeline, flags, run, encoder)
+            _pipeline(f"embed-packs{number[encoder]}", embed.define_pack_pipeline, flags, run, encoder)
     for encoder, month, id in _to_embed(run):
-        number = encoders.index(encoder)
         if lake.read_manifest(run.storage, lake.embeddings_folder(encoder, month, id)) is None:
-            _pipeline(f"embed-{number}-{month}", embed.define_gather_pipeline, flags, run, encoder, month, id)
+            _pipeline(f"embed-{month}{number[encoder]}", embed.define_gather_pipeline, flags, run, encoder, month, id)
 
 
 def _to_embed(run: MonthRun) -> list[tuple[str, str, str]]:

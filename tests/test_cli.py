@@ -11,7 +11,7 @@ from beam_jobs.run import StageError
 from beam_jobs.runner import checked_options
 from schemas import contract as contracts
 
-COMMANDS = ["sample-data", "infer-contract", "month", *cli._STAGES, "local-cloud", "serve"]
+COMMANDS = ["sample-data", "infer-contract", "month", *cli._STAGES, "rollback", "status", "local-cloud", "serve"]
 ONE_MONTH = ["month", "2026-10"]
 CSV = b"id,slot,photo,bid,n,k\n007,top,p.jpg,0.5,10,1\n7,side,,1,,\n"
 
@@ -42,19 +42,20 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str
     assert f"usage: adstocrat {command}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["month", "train"])
+@pytest.mark.parametrize("command", ["month", "train", "rollback", "status"])
 def test_every_setting_is_a_flag(capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert run(command, "--help") == 0
     shown = capsys.readouterr().out
     for name in Config.__dataclass_fields__:
-        assert f"--{name.replace('_', '-')} " in shown
+        assert f"--{name.replace('_', '-')}" in shown
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "the following arguments are required: COMMAND; see `adstocrat --help`"),
-        (["mont"], "invalid choice: 'mont' (choose from 'sample-data', 'infer-contract', 'month'"),
+        (["moth"], "'moth' is none of sample-data, infer-contract, month, "),
+        (["moth"], "serve; did you mean 'month'?; see `adstocrat --help`"),
         (["month", "--lake", "./a"], "adstocrat month: the following arguments are required: YYYY-MM; see `adstocrat month --help`"),
         ([*ONE_MONTH, "--lkae", "./a"], "unknown flag or argument '--lkae'; did you mean '--lake'?; see `adstocrat month --help`"),
         ([*ONE_MONTH, "--window-month=2"], "unknown flag or argument '--window-month=2'; did you mean '--window-months'?"),
@@ -67,6 +68,12 @@ def test_every_setting_is_a_flag(capsys: pytest.CaptureFixture[str], command: st
         ([*ONE_MONTH, "--lake", "s3://bucket"], "'s3://bucket' has an unknown scheme"),
         ([*ONE_MONTH, "--lake", "./a", "--contract", "none.pbtxt"], "contract 'none.pbtxt' does not exist; draft one with"),
         (["month", "2026-13", "--lake", "./a"], "month '2026-13' is not a month; expected YYYY-MM, such as 2026-10"),
+        (
+            [*ONE_MONTH, "--lake", "./a", "--publish-gone", "tv"],
+            "publish_gone is ['tv']; expected a list of COLUMN=VALUE, such as [device=tv]",
+        ),
+        (["rollback", "--lake", "./a"], "adstocrat rollback: the following arguments are required: YYYY-MM"),
+        (["status"], "lake is ''; expected gs://bucket[/prefix] or a folder"),
         (["score", "october", "--lake", "./a"], "month 'october' is not a month"),
         (["infer-contract", "a.csv", "--out", "c"], "the following arguments are required: --key"),
         (["infer-contract", "none.csv", "--key", "id", "--out", "c"], "'none.csv' cannot be read as CSV"),

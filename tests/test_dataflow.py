@@ -26,12 +26,12 @@ from beam_jobs.cli import main
 from beam_jobs.config import Config
 from beam_jobs.run import MonthRun, StageError, prepare
 from beam_jobs.runner import checked_options, dataflow_pipeline, run_step
-from beam_jobs.workers import check_golden, gpu_hints, on_gpu
+from beam_jobs.workers import gpu_hints, on_gpu
+from model import golden
 from schemas import lake
 from schemas.lake import Manifest, Receipt
-from schemas.parquet import write_parquet
 from schemas.sample import write_months
-from schemas.storage import Folder, Storage, open_storage
+from schemas.storage import Storage, open_storage
 
 TOP = pathlib.Path(__file__).resolve().parent.parent
 DEPLOY = TOP / "deploy" / "dataflow"
@@ -84,7 +84,7 @@ def defined(run: MonthRun) -> dict[str, Callable[[beam.Pipeline], None]]:
         "embed-packs": (embed.define_pack_pipeline, run.encoder),
         f"embed-{MONTH}": (embed.define_gather_pipeline, run.encoder, run.month, run.id),
         "train": (train.define_pipeline, train.train_ranker),
-        "evaluate": (evaluate.define_pipeline, models),
+        "evaluate": (evaluate.define_pipeline,),
         "score": (score.define_pipeline, models),
         "lookup": (lookup.define_pipeline, scores),
     }
@@ -161,7 +161,7 @@ def test_a_graph_does_not_grow_with_the_month(jobs: dict[str, Any]) -> None:
 
 def test_lists_are_whole_on_the_worker(run: MonthRun) -> None:
     assert len(ingest.month_parts(run)) == 10_000
-    assert len(evaluate.units(run, run.encoder)) == SHARDS
+    assert len(evaluate.units_of(run)) == SHARDS
     assert len(embed.unseen_packs(run.storage, run.encoder)) == 5000
 
 
@@ -191,18 +191,13 @@ class Ranker:
         return rows["bid"].to_numpy() / 10
 
 
-def test_a_worker_that_scores_otherwise_says_so(tmp_path: pathlib.Path) -> None:
-    storage = Folder(str(tmp_path))
-    folder = lake.model_folder("ranker", "r")
-    for version, of_first in (("same", 0.1), ("other", 0.1001)):
-        rows = pa.RecordBatch.from_pydict({"bid": [1.0, 2.0], "golden_score": [of_first, 0.2]})
-        kept = write_parquet(storage, folder, "golden", [rows])
-        lake.commit(storage, lake.model_folder("ranker", version), Manifest("ranker", (Receipt("golden.parquet", kept.file, 2),)))
-    lake.commit(storage, lake.model_folder("ranker", "without"), Manifest("ranker", ()))
-    check_golden(Ranker(), storage, "same")
-    check_golden(Ranker(), storage, "without")
-    with pytest.raises(StageError, match=r"'other' gives 1 of 2 golden rows another score on this worker, the first 0.100000000, expected"):
-        check_golden(Ranker(), storage, "other")
+@pytest.mark.parametrize(("of_first", "expected"), [(0.1, ""), (0.1001, "1 of 2 golden scores are others: the first 0.100000000")])
+def test_a_worker_that_scores_otherwise_says_so(tmp_path: pathlib.Path, of_first: float, expected: str) -> None:
+    rows = pa.RecordBatch.from_pydict({"bid": [1.0, 2.0], golden.SCORE: [of_first, 0.2]})
+    with pa.OSFile(str(tmp_path / golden.FILE), "wb") as sink, pa.ipc.new_file(sink, rows.schema) as writer:
+        writer.write(rows)
+    found = golden.differences(Ranker(), tmp_path)
+    assert expected in found and bool(found) is bool(expected)
 
 
 # --- submitted, watched, resumed ----------------------------------------------------------------------------------------------------------
