@@ -31,7 +31,7 @@ def take(run: MonthRun) -> dict[str, Any]:
     packs = run.manifest(run.stage("creatives") + "/packs", "creatives")
     index = run.manifest(run.stage("creatives"), "creatives")
     embedded = lake.read_manifest(run.storage, lake.stage_folder(f"embeddings/{scores.info['encoder']}", run.month, run.id) + "/packs")
-    rejected = rows.counts("rejected:")
+    rejected, steps = rows.counts("rejected:"), used(run)
     counts = {
         "read": rows.count("read"),
         "rejected": sum(rejected.values()),
@@ -75,7 +75,7 @@ def take(run: MonthRun) -> dict[str, Any]:
         "rejected": rejected,
         "image_status": scores.counts("image_status:"),
         "score_status": scores.counts("score_status:"),
-        "used": used(run),
+        "used": steps,
         "balanced": not unbalanced,
         "unbalanced": unbalanced,
     }

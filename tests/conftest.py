@@ -10,6 +10,16 @@ import pytest
 from beam_jobs import local_cloud
 from schemas import storage
 
+# Modules that run whole months take longest, and begin first, so that several workers end together.
+_LONGEST = ("test_end_to_end", "test_faults", "test_month", "test_models", "test_publish", "test_dataflow", "test_serving_load")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        return _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST)
+
+    items.sort(key=place)
+
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -137,7 +137,7 @@ FAULTS: dict[str, tuple[Callable[[Folder, Current], Any], str]] = {
     ),
     "half a manifest": (
         lambda lake, current: lake.write("lookup/2026-11/r2/manifest.json", b'{"stage": "loo'),
-        "is damaged: JSONDecodeError",
+        r"is damaged \(JSONDecodeError",
     ),
     "list as manifest": (lambda lake, current: lake.write("lookup/2026-11/r2/manifest.json", b"[]"), "is damaged: "),
     "no manifest": (

@@ -153,7 +153,7 @@ def test_what_is_worse_or_broken_is_refused_and_the_champion_scores(
     champion = pointers(storage)[0].ranker
     deliver(storage, SEPTEMBER, shuffled)
     flags = ("--window-months", "1")
-    assert run(storage, SEPTEMBER, "--require-promotion", "true", *flags) == 1
+    assert run(storage, SEPTEMBER, "--require-promotion", *flags) == 1
     assert not storage.names(f"scores/{SEPTEMBER}/") and pointers(storage)[1].month == AUGUST
     assert "is not scored, as a promotion is required and the candidate was refused: normalized entropy +" in capsys.readouterr().err
     found = evaluation(storage, SEPTEMBER)

@@ -196,6 +196,7 @@ def test_each_audit_finds_what_it_is_for(cloud: dict[str, str]) -> None:
 
     def score(key: str | None = "a", p_click: float | None = 0.05, run: str = "r", month: str = OCTOBER) -> str:
         values = {"month": f"DATE '{month}-01'", "key": tables.literal(key), "p_click": tables.literal(p_click), "run_id": f"'{run}'"}
+        values |= dict.fromkeys(("evidence_key", "evidence_creative"), "0")
         return ", ".join(values.get(name, "'x'") for name in columns.replace("`", "").split(", "))
 
     def found(names: Iterable[str]) -> set[str]:

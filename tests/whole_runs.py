@@ -85,6 +85,7 @@ class Months:
         same = {
             **{"month": datetime.date.fromisoformat(f"{month}-01"), "image_status": "missing", "score_status": "no_image"},
             **{"run_id": run.id, "encoder_version": pair["encoder"], "model_version": pair["ranker"], "creative": None},
+            **{"evidence_key": 3, "evidence_creative": 0},
         }
         own = {"key": key, "id": key, "device": device, "p_click": pa.array(mean * (0.5 + number / self.rows))}
         scores = [own.get(field.name) or pa.repeat(pa.scalar(same[field.name], field.type), self.rows) for field in tables.scores(CONTRACT)]
