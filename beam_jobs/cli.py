@@ -309,14 +309,14 @@ def _sample_data(arguments: argparse.Namespace, _: list[str]) -> None:
 
 
 def _infer_contract(arguments: argparse.Namespace, _: list[str]) -> None:
-    from schemas import contract
+    from schemas import contract, draft
     from schemas.csv_records import Layout
 
     given = {"csv_newlines_in_values": arguments.csv_newlines_in_values, "csv_encoding": arguments.csv_encoding}
     config = load(None, {"lake": ".", **given})
     layout = Layout(config.csv_newlines_in_values, config.csv_encoding)
     roles = {tag: [name] for tag in ("image", "clicked", "clicks", "impressions", "position") if (name := getattr(arguments, tag))}
-    drafted = contract.infer(arguments.files, {"key": arguments.key, "segment": arguments.segment or [], **roles}, layout)
+    drafted = draft.infer(arguments.files, {"key": arguments.key, "segment": arguments.segment or [], **roles}, layout)
     pathlib.Path(arguments.out).write_text(contract.dumps(drafted))
     print(
         f"{arguments.out}: {len(drafted.columns)} columns, {len(drafted.features)} of them features; look it through before the first month"

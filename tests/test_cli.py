@@ -10,6 +10,7 @@ from beam_jobs.month import STAGES
 from beam_jobs.run import StageError
 from beam_jobs.runner import checked_options
 from schemas import contract as contracts
+from schemas import draft
 
 COMMANDS = ["sample-data", "infer-contract", "month", *cli._STAGES, "rollback", "status", "local-cloud", "serve"]
 ONE_MONTH = ["month", "2026-10"]
@@ -150,7 +151,7 @@ def test_infer_contract_writes_a_contract_that_loads(capsys: pytest.CaptureFixtu
     roles = ["--key", "id", "--image", "photo", "--clicks", "k", "--impressions", "n", "--segment", "slot"]
     assert run("infer-contract", str(source), *roles, "--out", str(out)) == 0
     contract = contracts.load(out)
-    assert contract == contracts.infer(
+    assert contract == draft.infer(
         [str(source)], {"key": ["id"], "image": ["photo"], "clicks": ["k"], "impressions": ["n"], "segment": ["slot"]}
     )
     assert [column.name for column in contract.features] == ["slot", "bid"]

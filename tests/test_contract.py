@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from schemas import contract as contracts
+from schemas import draft
 from schemas.contract import Column, Contract, ContractError
 from schemas.csv_records import Layout
 from schemas.rows import read_rows
@@ -200,7 +201,7 @@ def infer(tmp_path: pathlib.Path, roles: dict[str, list[str]], **files: bytes) -
         path = tmp_path / name.replace("_", ".")
         path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
         paths.append(str(path))
-    return contracts.infer(paths, roles), paths
+    return draft.infer(paths, roles), paths
 
 
 def kinds(contract: Contract) -> dict[str, str]:
@@ -333,10 +334,10 @@ def test_files_are_read_in_their_own_layout(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "a.csv"
     for encoding in ("latin-1", "utf-16"):
         path.write_text('id,größe\nä,1\nb,19" oder\n', encoding)
-        contract = contracts.infer([str(path)], {"key": ["id"]}, Layout(encoding=encoding))
+        contract = draft.infer([str(path)], {"key": ["id"]}, Layout(encoding=encoding))
         assert kinds(contract) == {"id": "bytes", "größe": "bytes"}
     path.write_text('id,x\na,"1\nb,2\n')
-    assert kinds(contracts.infer([str(path)], {"key": ["id"]}, Layout(newlines_in_values=False))) == {"id": "bytes", "x": "int"}
+    assert kinds(draft.infer([str(path)], {"key": ["id"]}, Layout(newlines_in_values=False))) == {"id": "bytes", "x": "int"}
 
 
 def test_a_file_without_a_header_is_passed_over(tmp_path: pathlib.Path) -> None:
@@ -349,15 +350,15 @@ def test_a_gz_file_that_is_none_is_refused_by_name(tmp_path: pathlib.Path) -> No
     for data in (b"id,x\na,1\n", gzip.compress(b"id,x\na,1\n" * 9999)[:-9]):
         path.write_bytes(data)
         with pytest.raises(ContractError, match=r"a\.csv\.gz'? cannot be read as CSV"):
-            contracts.infer([str(path)], {"key": ["id"]})
+            draft.infer([str(path)], {"key": ["id"]})
 
 
 @pytest.mark.parametrize("name", ["none.csv", "."])
 def test_what_is_no_file_is_refused_by_name(tmp_path: pathlib.Path, name: str) -> None:
     with pytest.raises(ContractError, match="cannot be read as CSV"):
-        contracts.infer([str(tmp_path / name)], {"key": ["id"]})
+        draft.infer([str(tmp_path / name)], {"key": ["id"]})
 
 
 def test_no_file_at_all_is_refused() -> None:
     with pytest.raises(ContractError, match="no file to infer a contract from"):
-        contracts.infer([], {"key": ["id"]})
+        draft.infer([], {"key": ["id"]})
