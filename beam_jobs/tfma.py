@@ -1,6 +1,6 @@
 """The evaluation in the format of TensorFlow Model Analysis, for those who have its tools; off the scoring path, and slow.
 
-pip install adstocrat[tfma]
+pip install .[pipeline,tfma]
 adstocrat evaluate 2026-10 --lake gs://bucket --write-tfma DIR
 """
 
@@ -38,7 +38,7 @@ def check_installed() -> None:
         ValueError: it is not installed.
     """
     if importlib.util.find_spec("tensorflow_model_analysis") is None:
-        raise ValueError("TensorFlow Model Analysis is not installed; run `pip install adstocrat[tfma]`")
+        raise ValueError("TensorFlow Model Analysis is not installed; run `pip install .[pipeline,tfma]` in this package's source")
 
 
 def weighted(
