@@ -87,7 +87,7 @@ def _paired(root: beam.Pipeline, run: MonthRun, shards: int, assign: Any) -> bea
     for label, files, columns in listed:
         sides.append(
             root
-            | f"{label}Files" >> Listed(run, files, str)
+            | f"{label}Files" >> Listed(files, str)
             | f"Spread{label}" >> beam.Reshuffle()
             | f"Read{label}"
             >> beam.FlatMap(functools.partial(read_columns, run.storage, columns=columns)).with_output_types(pa.RecordBatch)

@@ -50,7 +50,7 @@ def define_pack_pipeline(root: beam.Pipeline, run: MonthRun, encoder: str) -> No
     read = on_gpu(functools.partial(read_thumbnails, run.storage), hints)
     _ = (
         root
-        | "Packs" >> Listed(run, functools.partial(unseen_packs, run.storage, encoder), str)
+        | "Packs" >> Listed(functools.partial(unseen_packs, run.storage, encoder), str)
         | "SpreadPacks" >> beam.Reshuffle()
         | "EmbedPacks" >> _EmbedPacks(run.storage, encoder, folder, read).with_resource_hints(**hints)
         | "CommitPacks" >> CommitStage(run.storage, folder, "packs", {"encoder": encoder})
@@ -89,14 +89,14 @@ def define_gather_pipeline(root: beam.Pipeline, run: MonthRun, encoder: str, mon
     by_creative = functools.partial(_shard_of_creative, shards=shards)
     wanted = (
         root
-        | "Index" >> Listed(run, functools.partial(_index_files, run, month, id), tuple[str, int])
+        | "Index" >> Listed(functools.partial(_index_files, run, month, id), tuple[str, int])
         | "SpreadIndex" >> beam.Reshuffle()
         | "ReadWanted" >> beam.FlatMap(functools.partial(_read_wanted, storage)).with_output_types(pa.RecordBatch)
         | "ShardWanted" >> Repartition(storage, spill, shards, by_creative, unit_rows=None)
     )
     embedded = (
         root
-        | "Embeddings" >> Listed(run, lambda: [receipt.file for receipt in _embedded(storage, encoder)], str)
+        | "Embeddings" >> Listed(lambda: [receipt.file for receipt in _embedded(storage, encoder)], str)
         | "SpreadEmbeddings" >> beam.Reshuffle()
         | "ReadEmbeddings" >> beam.FlatMap(functools.partial(read_parquet, storage)).with_output_types(pa.RecordBatch)
         | "ShardEmbeddings" >> Repartition(storage, spill, shards, by_creative, unit_rows=None)

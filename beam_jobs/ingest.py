@@ -71,7 +71,7 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun) -> None:
     by_key = functools.partial(duplicates.shard_of_key, shards=shards)
     read = (
         root
-        | "Files" >> Listed(run, functools.partial(month_parts, run), Part)
+        | "Files" >> Listed(functools.partial(month_parts, run), Part)
         | "SpreadFiles" >> beam.Reshuffle()
         | "ReadRows" >> beam.ParDo(_ReadRows(run)).with_outputs("parts", main="rows")
     )

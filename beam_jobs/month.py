@@ -23,14 +23,12 @@ class Stage:
 
     Attributes:
         name: of the command too.
-        help: what it does, for `--help`.
         is_complete: whether there is nothing to do.
         execute: does it, given Beam's flags.
         tell: its counts in a few words, and the units of work that its rate counts.
     """
 
     name: str
-    help: str
     is_complete: Callable[[MonthRun], bool]
     execute: Callable[[MonthRun, Flags], None]
     tell: Callable[[MonthRun], tuple[str, int]]
@@ -242,13 +240,13 @@ def _of(stage: str) -> Callable[[MonthRun], str]:
 
 
 STAGES = (
-    Stage("ingest", "CSV files to checked rows, and rejects", _complete(_of("rows")), _ingest, _tell_ingest),
-    Stage("creatives", "look at new images: content, thumbnail, faults", _complete(_of("creatives")), _creatives, _tell_creatives),
-    Stage("encoder", "train the encoder, if there is none", _complete(_encoder_folder), _encoder, _tell_model(_encoder_folder)),
-    Stage("embed", "thumbnails to embeddings, each once", _embed_is_complete, _embed, _tell_embed),
-    Stage("train", "train or refresh the ranker", _complete(_ranker_folder), _train, _tell_model(_ranker_folder)),
-    Stage("evaluate", "judge the candidate on gate rows", _complete(_of("evaluation")), _evaluate, _tell_evaluate),
-    Stage("score", "score the whole inventory", _complete(_of("scores")), _score, _tell_score),
-    Stage("lookup", "scores to the table that REST answers from", _complete(_of("lookup")), _lookup, _tell_lookup),
-    Stage("publish", "take the ledger, publish to BigQuery, move the pointers", _is_published, _publish, _tell_publish),
+    Stage("ingest", _complete(_of("rows")), _ingest, _tell_ingest),
+    Stage("creatives", _complete(_of("creatives")), _creatives, _tell_creatives),
+    Stage("encoder", _complete(_encoder_folder), _encoder, _tell_model(_encoder_folder)),
+    Stage("embed", _embed_is_complete, _embed, _tell_embed),
+    Stage("train", _complete(_ranker_folder), _train, _tell_model(_ranker_folder)),
+    Stage("evaluate", _complete(_of("evaluation")), _evaluate, _tell_evaluate),
+    Stage("score", _complete(_of("scores")), _score, _tell_score),
+    Stage("lookup", _complete(_of("lookup")), _lookup, _tell_lookup),
+    Stage("publish", _is_published, _publish, _tell_publish),
 )

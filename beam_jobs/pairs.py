@@ -14,10 +14,8 @@ def candidate(run: MonthRun) -> Champion:
 
 
 def peers(run: MonthRun) -> dict[str, Champion]:
-    """Published pairs that can score the month's rows, by what they are to the candidate; a pair of another contract cannot."""
+    """Published pairs that can score the month's rows, by what they are to the candidate; one of another contract or format cannot."""
     named = {CHAMPION: run.champion, EARLIER_CHAMPION: run.earlier_champion}
-    return {
-        name: pair
-        for name, pair in named.items()
-        if pair and registry.manifest(run.storage, "ranker", pair.ranker).info["contract"] == run.contract.fingerprint
-    }
+    made = {name: registry.manifest(run.storage, "ranker", pair.ranker).info for name, pair in named.items() if pair}
+    wanted = (run.contract.fingerprint, registry.FORMAT)
+    return {name: pair for name, pair in named.items() if pair and (made[name]["contract"], made[name].get("format")) == wanted}

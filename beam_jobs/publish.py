@@ -45,7 +45,14 @@ def publish(run: MonthRun) -> None:
     Raises:
         StageError: the ledger does not balance, or an audit refuses the scores.
     """
-    _make_current(run)
+    _make_current(_with_dataset(run, run.config))
+
+
+def _with_dataset(run: MonthRun, config: Config) -> MonthRun:
+    """The run with the dataset that its month was last published to, unless the config names one: no table is left behind."""
+    noted = lake.publications(run.storage, run.month)
+    dataset = config.dataset or (noted[-1].dataset if noted else "") or None
+    return dataclasses.replace(run, config=dataclasses.replace(config, dataset=dataset))
 
 
 def rollback(config: Config, month: str, to: str | None, keep_model: bool) -> MonthRun:
@@ -65,8 +72,7 @@ def rollback(config: Config, month: str, to: str | None, keep_model: bool) -> Mo
     if to is None and not earlier:
         there = f"its only one is {noted[-1].run}, published {noted[-1].published[:16]}" if noted else "none of it was published"
         raise StageError(f"month {month} has no earlier run to go back to: {there}; `adstocrat runs --lake {storage.uri}` lists all runs")
-    dataset = config.dataset or (noted[-1].dataset if noted else "") or None
-    run = kept(dataclasses.replace(config, dataset=dataset), month, to or earlier[-1])
+    run = _with_dataset(kept(config, month, to or earlier[-1]), config)
     if missing := [stage for stage in _STAGES if lake.read_manifest(storage, run.stage(stage)) is None]:
         raise StageError(f"run {run.id!r} of {month} is not whole: it has no {', '.join(missing)}; expected one that was published")
     _make_current(run, back=True, keep_model=keep_model)
@@ -98,7 +104,9 @@ def _make_current(run: MonthRun, back: bool = False, keep_model: bool = False) -
         log.info("  publish: %s.scores has %s rows of %s", run.config.dataset, f"{counts['ingested']:,}", run.month)
     else:
         log.info("  publish: no --dataset, so the lookup alone is published")
-    if not keep_model:
+    there, _ = lake.read_pointer(run.storage, lake.CHAMPION, Champion)
+    # One that was promoted by hand since has the publication's month and run, and stays.
+    if not keep_model and (back or there is None or (there.month, there.run) != (run.month, run.id)):
         # Whether the gate promoted or not: the champion is the pair that the newest published month was scored with.
         _move(run, lake.CHAMPION, Champion(scores.info["encoder"], scores.info["ranker"], run.month, run.id))
     if not back:

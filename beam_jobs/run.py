@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_jobs.config import Config
+from model import registry
 from schemas import contract as contracts
 from schemas import lake
 from schemas.contract import Contract, ContractError
@@ -129,7 +130,7 @@ def prepare(config: Config, month: str) -> MonthRun:
     return run
 
 
-def derive(config: Config, month: str) -> tuple[MonthRun, dict[str, Any], pa.Table]:
+def derive(config: Config, month: str, contract: Contract | None = None) -> tuple[MonthRun, dict[str, Any], pa.Table]:
     """The run that the month's inputs make now, those inputs, and its images as `LISTING`; nothing is written.
 
     Raises:
@@ -138,7 +139,7 @@ def derive(config: Config, month: str) -> tuple[MonthRun, dict[str, Any], pa.Tab
     """
     lake.check_month(month)
     storage = open_storage(config.lake)
-    contract = contracts.load(config.contract or contracts.DEFAULT)
+    contract = contract or contracts.load(config.contract or contracts.DEFAULT)
     if config.dataset:
         _check_names(contract)
     delivered = [entry for entry in storage.entries(lake.raw_ads(month)) if _is_text(entry.name)]
@@ -154,7 +155,9 @@ def derive(config: Config, month: str) -> tuple[MonthRun, dict[str, Any], pa.Tab
     earlier = _published_window(storage, contract, config, month)
     champion = champion_before(storage, month)
     half_a_year_ago = champion and earlier_champion(storage, contract, month, champion)
-    known = champion.encoder if champion and not _is_due(storage, champion.encoder, config.encoder_refresh, month) else None
+    # Without pictures there is nothing that another encoder could learn.
+    due = champion and contract.image and _is_due(storage, champion.encoder, config.encoder_refresh, month)
+    known = champion.encoder if champion and not due else None
     inputs = {
         "ads": [[entry.name.removeprefix(lake.raw_ads(month)), entry.size, entry.crc32c] for entry in ads],
         "images": {"count": len(images), "bytes": pc.sum(images["size"], min_count=0).as_py(), "digest": _digest_of(images)},
@@ -180,7 +183,10 @@ def kept(config: Config, month: str, id: str) -> MonthRun:
     try:
         contract = contracts.parse(storage.read(f"{lake.run_folder(month, id)}/contract.pbtxt").decode())
     except FileNotFoundError:
-        raise StageError(f"run {id!r} of {month} is not in {storage.uri}; `adstocrat runs` lists those that are") from None
+        raise StageError(
+            f"run {id!r} of {month} is not in {storage.uri} with its contract; `adstocrat runs` lists those that are, and the month "
+            "of one that an earlier version made is to be run again"
+        ) from None
     return MonthRun(storage, contract, config, month, id, (), None, None)
 
 
@@ -266,7 +272,7 @@ def _check_names(contract: Contract) -> None:
 def _is_due(storage: Storage, encoder: str, refresh: str, month: str) -> bool:
     """Whether another encoder is to be trained: there is none but an untrained one, or the setting `encoder_refresh` says so."""
     made = lake.read_manifest(storage, lake.model_folder("encoder", encoder))
-    if made is None or made.info["training"]["mode"] == "untrained":
+    if made is None or made.info["training"]["mode"] == "untrained" or made.info.get("format") != registry.FORMAT:
         return True
     if refresh.startswith("months"):
         return lake.month_number(month) - lake.month_number(made.info["month"]) >= int(refresh.removeprefix("months"))

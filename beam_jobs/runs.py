@@ -81,9 +81,9 @@ def show(storage: Storage, id: str) -> str:
 def garbage(storage: Storage, keep: int) -> list[str]:
     """Names of all objects that no kept run and no pointer needs, in an order in which they can be removed.
 
-    Kept are the `keep` newest runs of each month, the one published last, the run that is served, and, of each of these, the runs that it
-    builds on and its models with all their parents. Images that were looked at stay known for ever, in packs
-    that are complete.
+    Kept are the `keep` newest runs of each month, those of each contract that were published last, the run that is served, and, of each of
+    these, the runs that it builds on and its models with all their parents. Images that were looked at stay known for ever, in packs that
+    are complete.
 
     Raises:
         ValueError: nothing would be kept.
@@ -91,7 +91,7 @@ def garbage(storage: Storage, keep: int) -> list[str]:
     if keep < 1:
         raise ValueError(f"keep is {keep}; expected at least 1 run of each month")
     # What tells of a run goes last: a removal that dies is taken up by the next.
-    return sorted(set(_garbage(storage, keep)), key=lambda name: (name.startswith("runs/"), name))
+    return sorted(set(_garbage(storage, keep)), key=lambda name: (name.startswith("runs/"), name.endswith("/inputs.json"), name))
 
 
 def _garbage(storage: Storage, keep: int) -> Iterator[str]:
@@ -123,7 +123,8 @@ def _kept_runs(storage: Storage, runs: dict[tuple[str, str], Run], keep: int) ->
     for month in {month for month, _ in runs}:
         of_month = [pair for pair in runs if pair[0] == month]
         published = sorted((pair for pair in of_month if runs[pair].published), key=lambda pair: runs[pair].published)
-        todo += [*of_month[-keep:], *published[-1:]]
+        # Of each contract the last: a later month's window may go back to it.
+        todo += [*of_month[-keep:], *{runs[pair].inputs["contract"]: pair for pair in published}.values()]
     current, _ = lake.read_pointer(storage, lake.CURRENT, Current)
     if current:
         todo.append((current.month, current.run))

@@ -29,7 +29,7 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun, evaluation: Manifest) ->
     info, carried = {"encoder": encoder, "ranker": ranker}, [column.name for column in run.contract.carried]
     _ = (
         root
-        | "Units" >> Listed(run, lambda: month_rows(run, run.month, run.id, encoder).units, Receipt)
+        | "Units" >> Listed(lambda: month_rows(run, run.month, run.id, encoder).units, Receipt)
         | "SpreadUnits" >> beam.Reshuffle()
         | "Join" >> beam.FlatMap(functools.partial(read_unit, run, encoder)).with_output_types(Named)
         | "Score" >> RunInference(RankerHandler(run.storage, ranker, carried, encoder)).with_output_types(Named)

@@ -3,7 +3,7 @@
     adstocrat encoder 2026-10 --lake gs://bucket
     adstocrat train 2026-10 --lake gs://bucket
 
-Writes `models/encoder/<month>-<run>/` where there is no champion to take the encoder of, and `models/ranker/<month>-<run>/`.
+Writes `models/encoder/<month>-<run>/` where it is due, and `models/ranker/<month>-<run>/`.
 """
 
 import dataclasses
@@ -23,6 +23,8 @@ from beam_jobs.pairs import CHAMPION, peers
 from beam_jobs.run import MonthRun, StageError, source_digest
 from beam_jobs.workers import Listed, gpu_hints, on_gpu
 from model import golden, registry
+from model.leakage import LeakageError
+from model.survey import NothingToLearnError
 from schemas import contract as contracts
 from schemas import lake
 from schemas.lake import Manifest
@@ -35,7 +37,7 @@ _BATCH_THUMBNAILS = 1024
 def define_pipeline(root: beam.Pipeline, run: MonthRun, train: Callable[[MonthRun], Manifest]) -> None:
     """The run → one of its models; the element is the run, so that a GPU worker can take the whole of it."""
     hints = gpu_hints(root, run.config)
-    runs = root | "Run" >> Listed(run, lambda: [run], MonthRun)
+    runs = root | "Run" >> Listed(lambda: [run], MonthRun)
     _ = runs | "Train" >> beam.Map(on_gpu(train, hints)).with_output_types(Manifest).with_resource_hints(**hints)
 
 
@@ -56,6 +58,9 @@ def train_encoder(run: MonthRun) -> Manifest:
                 lambda line: log.info("  encoder: %s", line),
             ),
         )
+        if summary["mode"] == "none" and run.champion:
+            # Rows are embedded and scored all the same, by the champion: this is its encoder once more.
+            registry.fetch(run.storage, "encoder", run.champion.encoder, pathlib.Path(folder))
         return _commit(run, "encoder", folder, {"training": summary})
 
 
@@ -67,7 +72,8 @@ def train_ranker(run: MonthRun) -> Manifest:
     encoder = run.encoder
     digest = registry.manifest(run.storage, "encoder", encoder).info["digest"]
     with registry.local_folder() as folder, registry.local_folder() as parent:
-        if run.champion:
+        from_champion = run.champion and registry.manifest(run.storage, "ranker", run.champion.ranker).info.get("format") == registry.FORMAT
+        if run.champion and from_champion:
             registry.fetch(run.storage, "ranker", run.champion.ranker, pathlib.Path(parent))
         summary = _learnt(
             run,
@@ -78,7 +84,7 @@ def train_ranker(run: MonthRun) -> Manifest:
                 pathlib.Path(folder),
                 encoder,
                 digest,
-                pathlib.Path(parent) if run.champion else None,
+                pathlib.Path(parent) if from_champion else None,
                 lambda line: log.info("  train: %s", line),
                 training.Settings(negatives=run.config.train_negatives),
                 run.config.train_mode,
@@ -106,16 +112,19 @@ def _learnt(run: MonthRun, train: Callable[[], dict[str, Any]]) -> dict[str, Any
     """What training says of itself; where there is nothing to learn from and a champion to go on with, that there is no candidate."""
     try:
         return train()
-    except ValueError as error:
+    except NothingToLearnError as error:
         why = f"nothing could be learnt from {', '.join(month for month, _ in run.window)}: {error}"
         if CHAMPION in peers(run):
             return {"mode": "none", "why": why, "rows": 0, "clicks": 0, "impressions": 0}
         raise StageError(why) from error
+    except LeakageError as error:
+        raise StageError(f"nothing is trained on {', '.join(month for month, _ in run.window)}: {error}") from error
 
 
 def _commit(run: MonthRun, kind: str, folder: str, info: dict[str, Any]) -> Manifest:
     (pathlib.Path(folder) / "contract.pbtxt").write_text(contracts.dumps(run.contract))
     info |= {"month": run.month, "run": run.id, "contract": run.contract.fingerprint, "window": run.window, "source": source_digest()}
+    info["format"] = registry.FORMAT
     info |= {"settings": run.config.affecting_model(), "packages": registry.packages()}
     receipts, info = registry.save(run.storage, kind, run.version, pathlib.Path(folder), info)
     return lake.commit(run.storage, lake.model_folder(kind, run.version), Manifest(kind, tuple(receipts), info))

@@ -86,7 +86,9 @@ class Warehouse:
         table.description, table.clustering_fields = about.description, about.clustering
         table.time_partitioning = self._bigquery.TimePartitioning(type_=self._bigquery.TimePartitioningType.MONTH, field="month")
         there = self._ensured(table)
-        missing = [field for field in fields if field.name not in {known.name for known in there.schema}]
+        # No REQUIRED column can be added to a table that has rows.
+        own, known_names = self._bigquery.SchemaField, {known.name for known in there.schema}
+        missing = [own(field.name, field.field_type, description=field.description) for field in fields if field.name not in known_names]
         if missing:
             table.schema = [*there.schema, *missing]
             self._client.update_table(table, ["schema"])

@@ -12,7 +12,7 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import DebugOptions, PipelineOptions, StandardOptions, WorkerOptions
 
 from beam_jobs.config import Config
-from beam_jobs.run import MonthRun, StageError, source_digest
+from beam_jobs.run import StageError, source_digest
 
 # Beam's own flags, where they are not given.
 _DEFAULTS = {
@@ -91,12 +91,10 @@ class Listed(beam.PTransform):
     A graph may have 10 MB; the units of a billion rows in three months, or the packs of 100 M creatives, have more.
 
     Attributes:
-        run: of the month.
         make: lists it, from the lake's manifests.
         kind: type of its elements.
     """
 
-    run: MonthRun
     make: Callable[[], Iterable[Any]]
     kind: Any
 

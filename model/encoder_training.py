@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from model import encoder, ranker, splits
 from model.descent import Descent, Progress, descend, deterministic, write
 from model.features import Arrays, minibatches
-from model.survey import Survey, survey
+from model.survey import NothingToLearnError, Survey, survey
 from model.training import Examples, Settings, fit_rows, labelled, logits_of
 from schemas.contract import Contract
 
@@ -99,7 +99,7 @@ def _sums(examples: Examples, found: Survey, columns: Any, levels: np.ndarray) -
         summed = both.group_by("creative", use_threads=False).aggregate([(name, "sum") for name in names])
         sums = summed.rename_columns(["creative", *names])
     if sums is None:
-        raise ValueError("the window has no rows; expected labelled rows with images")
+        raise NothingToLearnError("the window has no rows; expected labelled rows with images")
     impressions, expected = sums["impressions"].to_numpy(), sums["expected"].to_numpy()
     weight = 1 / (1 + expected / _EXPECTED_CAP)
     rate = expected / impressions

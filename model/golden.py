@@ -33,7 +33,8 @@ def write(folder: pathlib.Path, batches: Iterable[pa.RecordBatch]) -> None:
         left -= inputs.num_rows
         if not left:
             break
-    table = pa.Table.from_batches(parts).combine_chunks()
+    # A batch is of one month, on which its history depends, so they stay apart.
+    table = pa.Table.from_batches(parts)
     with pa.OSFile(str(folder / FILE), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
 
@@ -54,7 +55,7 @@ def differences(ranker: Any, folder: pathlib.Path) -> str:
     except FileNotFoundError:
         return f"it has no {FILE}"
     expected = table[SCORE].to_numpy()
-    batches = table.drop_columns(SCORE).combine_chunks().to_batches()
+    batches = table.drop_columns(SCORE).to_batches()
     scores = np.concatenate([ranker.predict(batch) for batch in batches])
     off = np.flatnonzero(~np.isclose(scores, expected, rtol=_TOLERANCE, atol=0, equal_nan=True))
     if not len(off):

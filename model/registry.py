@@ -15,6 +15,10 @@ from schemas.storage import Storage, crc32c
 _PACKAGES = ("apache-beam", "keras", "numpy", "pyarrow", "tensorflow")
 
 
+# What the files of a model hold, and how they are meant: a model of another format cannot be used by this version.
+FORMAT = 2
+
+
 class ModelError(ValueError):
     """A model that cannot be used, and why."""
 

@@ -13,6 +13,10 @@ from model.seen import History
 from schemas.contract import Contract
 
 
+class NothingToLearnError(ValueError):
+    """The window has no click, or nothing but clicks."""
+
+
 @dataclasses.dataclass
 class Survey:
     """What one pass over the window finds.
@@ -72,7 +76,7 @@ def survey(
                 history = history.plus(train.filter(pa.array(known)), month, clicks[known], impressions[known])
     found = Survey(Features(contract, (), (), (), 0), [], months)
     if not 0 < found.clicks < found.impressions:
-        raise ValueError(
+        raise NothingToLearnError(
             f"{found.clicks:,.0f} clicks in {found.impressions:,.0f} impressions of {found.rows:,} labelled rows to learn from; "
             "expected at least one click and one impression without: are these the right months, and are their outcomes filled in?"
         )

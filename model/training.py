@@ -24,7 +24,6 @@ from schemas.contract import Contract
 
 Examples = Callable[[int], Iterator[pa.RecordBatch]]
 
-MODES = ("auto", "refresh", "scratch")
 _POOL_ROWS = 65_536
 # A refresh begins with these weights of its parent made smaller, or it would go on to learn its rows by heart (Ash and Adams 2020).
 _KEPT, _KEPT_OF_ANOTHER = 0.6, 0.4

@@ -40,7 +40,7 @@ TABLES = {
     "scores": Table("One row for each ad of each month's inventory, with the probability that an impression of it is clicked.", ("key",)),
     "outcomes": Table("What was delivered of each ad's impressions and clicks; ads without impressions are not here.", ("key",)),
     "quality": Table(
-        "How well models did, by month and segment: on gate rows before publishing, and by what really happened.",
+        "How well models did, by month and segment: on gate rows before publishing.",
         ("kind", "model", "segment"),
         " AND kind = 'evaluation'",
     ),

@@ -336,6 +336,11 @@ GOOD = {
     "contract": ["/contracts/ads.pbtxt"],
     "window_months": ["3", "12"],
     "seed": ["0", "17"],
+    "encoder_refresh": ["never", "months 3"],
+    "train_mode": ["auto", "scratch"],
+    "train_negatives": ["1", "0.2"],
+    "max_ne_loss": ["0", "0.005"],
+    "min_gate_clicks": ["1000"],
     "csv_newlines_in_values": ["true", "false"],
     "csv_encoding": ["utf-8", "latin-1"],
     "fetch_threads": ["16"],
@@ -349,6 +354,11 @@ BAD = {
     "contract": ["ads.json", "a b.pbtxt"],
     "window_months": ["0", "-1", "3.5"],
     "seed": ["-1", "x"],
+    "encoder_refresh": ["months 0", "always"],
+    "train_mode": ["warm"],
+    "train_negatives": ["2", "-0.1"],
+    "max_ne_loss": ["1.5", "5%"],
+    "min_gate_clicks": ["0", "many"],
     "csv_newlines_in_values": ["True", "yes"],
     "csv_encoding": ["utf 8", ""],
     "fetch_threads": ["0", "many"],
@@ -358,7 +368,7 @@ BAD = {
 
 def test_every_parameter_of_the_template_is_checked() -> None:
     known = parameters()
-    assert known.keys() == GOOD.keys() == BAD.keys()
+    assert known.keys() == GOOD.keys() == BAD.keys() >= Config("./a").affecting_model().keys()
     for name, parameter in known.items():
         (regex,) = parameter["regexes"]
         assert parameter["label"] and parameter["helpText"]

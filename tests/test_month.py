@@ -104,7 +104,8 @@ def test_a_month_with_nothing_to_learn_from_is_scored_with_the_champion(tmp_path
     assert run(storage, tmp_path, SEPTEMBER, *columns, flags=("--window-months", "1")) == 1
     assert not storage.names("models/")
     assert run(storage, tmp_path, AUGUST, *columns) == 0
-    assert run(storage, tmp_path, SEPTEMBER, *columns, flags=("--window-months", "1")) == 0
+    # An encoder is due, too.
+    assert run(storage, tmp_path, SEPTEMBER, *columns, flags=("--window-months", "1", "--encoder-refresh", "months 1")) == 0
     assert "champion kept: nothing could be learnt from 2026-09" in caplog.text
     assert {version[:7] for version in scores(storage)["model_version"].to_pylist()} == {AUGUST}
     champion, _ = lake.read_pointer(storage, lake.CHAMPION, Champion)

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 import model
-from model import encoder, splits, training
+from model import encoder, golden, splits, training
 from model.ranker import BATCH, Ranker
 from schemas.contract import Column, Contract
 
@@ -101,6 +101,18 @@ def test_outcomes_and_positions_do_not_change_scores(loaded: Ranker, batch: pa.R
     bare = batch.drop_columns(["clicks", "impressions"])
     moved = bare.set_column(bare.schema.get_field_index("position"), "position", pa.array(np.full(ROWS, 4)))
     np.testing.assert_array_equal(loaded.predict(moved), loaded.predict(batch))
+
+
+def test_golden_scores_of_several_months_are_given_again(
+    trained: tuple[pathlib.Path, dict[str, Any]], loaded: Ranker, batch: pa.RecordBatch, tmp_path: pathlib.Path
+) -> None:
+    """What happened in the months before is another for each, so a batch is of one month."""
+    folder = shutil.copytree(trained[0], tmp_path / "ranker")
+    months = [batch.append_column("month_number", pa.array(np.full(ROWS, number))).slice(0, 300) for number in (0, 1, 999)]
+    golden.write(folder, months)
+    assert golden.differences(loaded, folder) == ""
+    kept = pa.ipc.open_file(folder / golden.FILE)
+    assert [set(kept.get_batch(i)["month_number"].to_pylist()) for i in range(kept.num_record_batches)] == [{0}, {1}, {999}]
 
 
 @pytest.mark.parametrize("size", [1, 999, BATCH, BATCH + 1])

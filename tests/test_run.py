@@ -12,6 +12,7 @@ import pytest
 from beam_jobs import run as runs
 from beam_jobs.config import Config
 from beam_jobs.run import LISTING, MonthRun, StageError, champion_before, earlier_champion, listing_file, prepare
+from model.registry import FORMAT
 from schemas import contract as contracts
 from schemas import lake
 from schemas.lake import CHAMPION, Champion, Manifest, raw_ads, raw_images
@@ -187,7 +188,7 @@ def promote(storage: Storage, chain: list[Champion]) -> None:
     for parent, champion in zip([None, *chain], chain, strict=False):
         info = {"month": champion.month, "parent": dataclasses.asdict(parent) if parent else None}
         lake.commit(storage, lake.model_folder("ranker", champion.ranker), Manifest("ranker", (), info))
-        trained = {"training": {"mode": "scratch"}, "month": champion.month}
+        trained = {"training": {"mode": "scratch"}, "month": champion.month, "format": FORMAT}
         lake.commit(storage, lake.model_folder("encoder", champion.encoder), Manifest("encoder", (), trained))
         lake.move_pointer(storage, CHAMPION, champion)
 
@@ -211,7 +212,7 @@ def test_a_month_that_kept_the_champion_hands_on_that_one(storage: Folder) -> No
 
 
 def test_an_untrained_encoder_is_not_gone_on_with(storage: Folder) -> None:
-    lake.commit(storage, lake.model_folder("encoder", "e1"), Manifest("encoder", (), {"training": {"mode": "untrained"}}))
+    lake.commit(storage, lake.model_folder("encoder", "e1"), Manifest("encoder", (), {"training": {"mode": "untrained"}, "format": FORMAT}))
     promote(storage, CHAIN[:1])
     run = run_of(storage)
     assert run.champion == CHAIN[0] and run.encoder == run.version
