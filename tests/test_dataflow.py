@@ -455,7 +455,7 @@ def test_what_is_launched_is_what_the_sdist_holds(cloud: dict[str, str], storage
     if LONG:
         subprocess.run([sys.executable, "-m", "venv", tmp_path / "clean"], check=True)
         python = tmp_path / "clean" / "bin" / "python"
-        install = [python, "-m", "pip", "install", "--quiet", "--constraint", unpacked / "requirements.txt", sdist]
+        install = [python, "-m", "pip", "install", "--quiet", "--constraint", unpacked / "requirements.txt", f"{sdist}[pipeline]"]
         subprocess.run(install, env=environment, check=True)
         environment["PATH"] = f"{python.parent}:{environment['PATH']}"
         sizes = subprocess.run([DEPLOY / "sizes"], env=environment, capture_output=True, text=True, check=True).stdout

@@ -446,6 +446,7 @@ def creatives_seconds(place: Storage, month: str, new: int) -> float:
 
 if LONG:
 
+    @pytest.mark.alone
     def test_the_creatives_of_a_month_cost_what_is_new(cloud: dict[str, str], tmp_path: pathlib.Path) -> None:
         """Without the proxy, which would take its share of the time."""
         warm, place = (open_storage(f"gs://adstocrat/{tmp_path.name}-{name}") for name in ("warm", "timed"))

@@ -392,7 +392,7 @@ def test_a_late_file_makes_a_run_due(place: Months, proxy: BigQueryProxy, capsys
 
 @contextlib.contextmanager
 def server(uri: str, cache: pathlib.Path) -> Iterator[str]:
-    arguments = ["--lake", uri, "--port", "0", "--poll-seconds", "0.5", "--cache", str(cache)]
+    arguments = ["--lake", uri, "--port", "0", "--probes-port", "0", "--poll-seconds", "0.5", "--cache", str(cache)]
     with subprocess.Popen([sys.executable, "-m", "serving", *arguments], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -413,6 +413,7 @@ def in_a_process(place: Months, *arguments: str) -> int:
     return subprocess.run([sys.executable, "-m", "beam_jobs.cli", *arguments, *place.flags], check=False).returncode
 
 
+@pytest.mark.alone
 def test_every_server_follows_a_rollback(cloud: dict[str, str], proxy: BigQueryProxy, tmp_path: pathlib.Path) -> None:
     """Forth is a rollback too: to the later run."""
     dataset, count, launch = f"{cloud['GOOGLE_CLOUD_PROJECT']}.served", 2 if LONG else 1, in_a_process if LONG else command

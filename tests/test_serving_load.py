@@ -106,6 +106,7 @@ def load(server: Server, connections: int, seconds: float, path: str = "/v1/scor
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)  # type: ignore[no-any-return]
 
 
+@pytest.mark.alone
 def test_overload_is_refused_and_passes(lake: Folder, cache: pathlib.Path) -> None:
     with serving(lake.uri, cache) as server:
         eventually(server.ready)
