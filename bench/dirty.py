@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from schemas import lake, rows
+from schemas import csv_records, lake, rows
 from schemas.storage import Storage, open_storage
 
 MONTH = "2026-10"
@@ -36,8 +36,8 @@ BAD: dict[str, Callable[[dict[str, bytes]], bytes]] = {
     rows.KEY_TOO_LONG: lambda row: b",".join((row | {"ad_id": b"k" * 501}).values()),
     rows.IMAGE_OUTSIDE_MONTH: lambda row: b",".join((row | {"image": b"../" + row["image"]}).values()),
     rows.DUPLICATE_KEY: lambda row: b",".join(row.values()),
-    rows.STRAY_QUOTE: lambda row: b",".join((row | {"campaign": b'"a"b'}).values()),
-    rows.UNCLOSED_QUOTE: lambda row: b",".join((row | {"campaign": b'"open'}).values()),
+    csv_records.STRAY_QUOTE: lambda row: b",".join((row | {"campaign": b'"a"b'}).values()),
+    csv_records.UNCLOSED_QUOTE: lambda row: b",".join((row | {"campaign": b'"open'}).values()),
 }
 BAD_IMAGES: tuple[Callable[[bytes], bytes], ...] = (
     lambda data: b"",
