@@ -3,13 +3,14 @@
 import json
 import threading
 import urllib.parse
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any
 
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.portability import python_urns
 from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from json_handler import JsonHandler
 
 from schemas.storage import open_storage
 
@@ -79,12 +80,12 @@ def locally(pipeline: beam_runner_api_pb2.Pipeline) -> beam_runner_api_pb2.Pipel
     return pipeline
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(JsonHandler):
     server: DataflowService
 
     def do_POST(self) -> None:
         job = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self._answer(self.server.create(job))
+        self.answer(self.server.create(job))
 
     def do_GET(self) -> None:
         url = urllib.parse.urlparse(self.path)
@@ -93,26 +94,15 @@ class _Handler(BaseHTTPRequestHandler):
         if not tail:
             active = [job for job in self.server.jobs if job["currentState"] == "JOB_STATE_RUNNING"]
             names = query.get("name", [])
-            self._answer({"jobs": [job for job in active if not names or job["name"] in names]})
+            self.answer({"jobs": [job for job in active if not names or job["name"] in names]})
             return
         id, _, what = tail.strip("/").partition("/")
         job = next(job for job in self.server.jobs if job["id"] == id)
         if what == "metrics":
             told = [{"name": {"origin": "dataflow/v1b3", "name": name}, "scalar": value} for name, value in METRICS.items()]
             told.append({"name": {"origin": "dataflow/v1b3", "name": "TotalVcpuTime", "context": {"tentative": "true"}}, "scalar": 9.0})
-            self._answer({"metrics": told})
+            self.answer({"metrics": told})
         elif what == "messages":
-            self._answer({})
+            self.answer({})
         else:
-            self._answer(job)
-
-    def _answer(self, value: dict[str, Any]) -> None:
-        body = json.dumps(value).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
+            self.answer(job)

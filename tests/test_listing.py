@@ -1,17 +1,17 @@
 """However names are spread, all are listed, each once, by many requests at a time."""
 
 import bisect
-import json
 import random
 import threading
 import time
 import urllib.parse
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from json_handler import JsonHandler
 
 from schemas import storage
 from schemas.listing import between, list_all
@@ -76,7 +76,7 @@ def test_what_is_between_is_between(low: str, more: str) -> None:
     assert middle is None or low < middle < high
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(JsonHandler):
     """Cloud Storage's listing: pages, and names from `startOffset` up to `endOffset`."""
 
     def do_GET(self) -> None:
@@ -86,15 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
         wanted = sorted(name for name in names if name.startswith(query["prefix"]) and low <= name < high)
         items = [{"name": name, "size": "7", "crc32c": "AAAAAA==", "updated": "2026-10-01T00:00:00Z"} for name in wanted[:PAGE]]
         answer = {"items": items} | ({"nextPageToken": "more"} if len(wanted) > PAGE else {})
-        body = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
+        self.answer(answer)
 
 
 @pytest.fixture
