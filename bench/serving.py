@@ -110,6 +110,8 @@ def score_rows(start: int, rows: int) -> pa.RecordBatch:
         "creative": drawn([hashlib.sha256(b"%d" % i).hexdigest() for i in range(1000)]),
         "image_status": drawn(["ok"]),
         "score_status": drawn(["ok"]),
+        "evidence_key": pa.array(rng.geometric(1e-3, rows)),
+        "evidence_creative": pa.array(rng.geometric(1e-4, rows)),
     }
     same = {name: [RUN] for name in ("run_id", "encoder_version", "model_version")}
     words = ["desktop", "mobile", "tablet", "television"]
