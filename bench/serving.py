@@ -49,7 +49,8 @@ CORES = sorted(os.sched_getaffinity(0))
 
 CONSTANT = """
 import json, sys, uvicorn
-from serving.worker import Protocol, uvicorn_config
+from serving.protocol import Protocol
+from serving.worker import uvicorn_config
 status, headers, body = json.loads(sys.argv[1])
 headers, body = [(a.encode(), b.encode()) for a, b in headers], body.encode()
 async def app(scope, receive, send):

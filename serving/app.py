@@ -1,7 +1,7 @@
 """The REST service as an ASGI application: scores by key, one or many, and what is served.
 
-`GET /v1/scores/{key}` is answered from the mapped table by raw ASGI, without a router, a request object or JSON parsing: those cost
-more than the lookup. Starlette serves the other routes. All errors are problem details (RFC 9457).
+`GET /v1/scores/{key}` is answered from the mapped table without a router, a request object or JSON parsing: those cost more than the
+lookup. Starlette serves the other routes. All errors are problem details (RFC 9457).
 """
 
 import asyncio
@@ -30,7 +30,7 @@ MAX_BODY_BYTES = 16 << 20
 # A batch lets other requests in after so many of its keys.
 SLICE_KEYS = 1_000
 
-_SCORES = b"/v1/scores/"
+SCORES = b"/v1/scores/"
 _JSON = (b"content-type", b"application/json")
 _PROBLEM = (b"content-type", b"application/problem+json")
 _PATHS = {"/v1/scores:lookup": 1, "/v1/status": 2, "/openapi.json": 3}
@@ -88,26 +88,35 @@ class Service:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.perf_counter_ns()
         # The raw path, since in `path` an encoded slash of a key can no longer be told from one that parts the path.
-        path, known, tokens, token = scope["raw_path"], None, self.tokens, b""
-        for name, value in scope["headers"]:
-            if name == b"authorization":
-                token = value
-            elif name == b"if-none-match":
-                known = value
-        if tokens is not None and not tokens.allows(token):
-            route, answer = self._route(scope), _unauthorized()
-        elif path[: len(_SCORES)] == _SCORES:
-            route, answer = 0, self._score(scope["method"], path[len(_SCORES) :], known)
+        path, headers = scope["raw_path"], dict(scope["headers"])
+        token, known = headers.get(b"authorization", b""), headers.get(b"if-none-match")
+        if path.startswith(SCORES):
+            status, fields, body = self.score(scope["method"], path, token, known, began)
+        elif self.tokens is not None and not self.tokens.allows(token):
+            status, fields, body = _unauthorized()
+            self.counters.request(_route(scope), status, began)
         else:
-            await self._count_rest(self._route(scope), began, scope, receive, send)
+            await self._count_rest(_route(scope), began, scope, receive, send)
             return
-        status, headers, body = answer
-        await send({"type": "http.response.start", "status": status, "headers": [*headers, (b"content-length", b"%d" % len(body))]})
+        await send({"type": "http.response.start", "status": status, "headers": [*fields, (b"content-length", b"%d" % len(body))]})
         await send({"type": "http.response.body", "body": body})
-        self.counters.request(route, status, began)
 
-    def _route(self, scope: Scope) -> int:
-        return 0 if scope["raw_path"].startswith(_SCORES) else _PATHS.get(scope["path"], len(ROUTES) - 1)
+    def score(self, method: str, path: bytes, token: bytes, known: bytes | None, began: int) -> Answer:
+        """Answer a request for `/v1/scores/{key}`, and count it.
+
+        Args:
+            method: of HTTP.
+            path: as it came, percent-encoded.
+            token: the header Authorization, or nothing.
+            known: the header If-None-Match.
+            began: what `time.perf_counter_ns` said when the request came.
+        """
+        if self.tokens is not None and not self.tokens.allows(token):
+            answer = _unauthorized()
+        else:
+            answer = self._score(method, path[len(SCORES) :], known)
+        self.counters.request(0, answer[0], began)
+        return answer
 
     def _score(self, method: str, key: bytes, known: bytes | None) -> Answer:
         table = self.table
@@ -180,6 +189,10 @@ class Service:
 
     async def _openapi(self, request: Request) -> Response:
         return JSONResponse(self._document)
+
+
+def _route(scope: Scope) -> int:
+    return _PATHS.get(scope["path"], len(ROUTES) - 1)
 
 
 def _keys(body: bytearray) -> list[bytes]:

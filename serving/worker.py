@@ -13,98 +13,19 @@ import mmap
 import pathlib
 import socket
 import sys
-from typing import Any, ClassVar
+from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from serving.app import Service, problem_body
+from serving.app import Service
 from serving.counters import Counters
+from serving.protocol import IDLE_SECONDS, Protocol
 from serving.store import Table
 from serving.tokens import Tokens
 
-MAX_HEADER_BYTES = 32 << 10
-# Seconds: for a request to come in whole and its answer to be taken, for an idle connection, to be read by who is refused, and to end.
-REQUEST_SECONDS, IDLE_SECONDS, REFUSED_SECONDS, GRACE_SECONDS = 5, 60, 1.0, 30
+GRACE_SECONDS = 30  # For requests that are being answered when a worker has to end.
 
 logger = logging.getLogger(__name__)
-
-
-class Protocol(HttpToolsProtocol):
-    """Uvicorn's HTTP, with limits on connections, headers and time, and refusals in problem details."""
-
-    max_connections = 128
-    # Connections beyond the cap whose clients have not read yet that they are.
-    _lingering: ClassVar[set["Protocol"]] = set()
-    _refused = False
-    _header_bytes = 0
-    _state: tuple[object, bool] = (None, False)
-    _unchanged = 0
-
-    def connection_made(self, transport: Any) -> None:
-        if len(self.connections) < self.max_connections:
-            super().connection_made(transport)
-            return
-        self.transport = transport
-        self.refuse(503, "All connections of this worker are taken; try again soon.", b"retry-after: 1\r\n")
-        if len(self._lingering) >= self.max_connections:
-            transport.close()
-        self._lingering.add(self)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._lingering.discard(self)
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        if self._refused:
-            return
-        HttpToolsProtocol.data_received(self, data)
-        cycle = self.cycle
-        # While the headers of a request come in, its scope is none of a request that is being answered.
-        if cycle is None or cycle.scope is not self.scope:
-            self._header_bytes += len(data)
-        elif len(data) > MAX_HEADER_BYTES or self._header_bytes:
-            self._header_bytes = sum(len(name) + len(value) for name, value in cycle.scope["headers"]) + len(self.url)
-        else:
-            return
-        if self._header_bytes > MAX_HEADER_BYTES:
-            self.refuse(431, f"The request line and headers have more than {MAX_HEADER_BYTES:,} bytes.")
-        elif cycle is not None and cycle.scope is self.scope:
-            self._header_bytes = 0
-
-    def send_400_response(self, msg: str) -> None:
-        self.refuse(400, "The request is not HTTP/1.1 as it should be.")
-
-    def refuse(self, status: int, detail: str, headers: bytes = b"") -> None:
-        """Answer with a problem whatever was asked, and close, once the client has had time to read it."""
-        if self._refused or self.transport.is_closing():
-            return
-        self._refused = True
-        self.config.loaded_app.counters.refused(status)
-        if self.pipeline or (self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete):
-            self.pipeline.clear()  # Another answer is on its way, and cannot be followed by this one.
-            self.transport.abort()
-            return
-        body = problem_body(status, detail)
-        head = b"content-type: application/problem+json\r\nconnection: close\r\ncontent-length: %d\r\n" % len(body)
-        self.transport.write(b"".join((STATUS_LINE[status], headers, head, b"\r\n", body)))
-        if self.cycle is not None:
-            self.cycle.disconnected = True  # What is still being answered has nobody to go to.
-            self.cycle.message_event.set()
-        # Closed at once, with bytes of the request unread, the client's system would drop the answer before it is read.
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
-        self.loop.call_later(REFUSED_SECONDS, self.transport.abort)
-
-    def check_time(self) -> None:
-        """Called every second: refuse a client that for too long neither finishes a request nor takes an answer."""
-        state = (self.cycle, self.cycle is not None and self.cycle.response_complete)
-        if self.timeout_keep_alive_task is not None or state != self._state:
-            self._state, self._unchanged = state, 0
-            return
-        self._unchanged += 1
-        if self._unchanged > REQUEST_SECONDS:
-            self.refuse(408, f"The request did not come whole, or its answer was not taken, within {REQUEST_SECONDS} s.")
 
 
 def uvicorn_config(app: Any, **settings: Any) -> uvicorn.Config:
@@ -116,7 +37,7 @@ def uvicorn_config(app: Any, **settings: Any) -> uvicorn.Config:
 
 async def work(service: Service, listener: socket.socket, control: socket.socket, max_connections: int) -> None:
     """Serve until a signal or the end of `control`."""
-    protocol = type("Limited", (Protocol,), {"max_connections": max_connections})
+    protocol = type("Limited", (Protocol,), {"max_connections": max_connections, "service": service})
     server = uvicorn.Server(uvicorn_config(service, http=protocol, timeout_graceful_shutdown=GRACE_SECONDS))
     reader, writer = await asyncio.open_connection(sock=control)
 
