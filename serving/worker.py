@@ -71,8 +71,6 @@ async def _do(service: Service, message: dict[str, str]) -> dict[str, str]:
     folder, table = pathlib.Path(message["folder"]), service.table
     try:
         if table is None or table.folder != folder:
-            while service.before is not None and not service.before.closed:  # LMDB maps a file once; it may be the one that comes back.
-                await asyncio.sleep(0.01)
             # In a thread, since mapping the files of a large month takes a while.
             service.serve(await asyncio.to_thread(Table, folder, verified=True))
     except Exception as error:  # noqa: BLE001  Whatever is wrong with it, the table that is served stays.

@@ -13,9 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pyarrow as pa
+
+from beam_jobs.shard import write_file
 from schemas.lake import Current, Manifest, Receipt, commit, read_manifest
 from schemas.storage import Folder, Storage, crc32c
-from serving.store import shard_name, shard_of, write_shard
+from serving.shard import shard_name, shard_of
 
 ODD_KEYS = [
     "plain",
@@ -42,6 +45,10 @@ def row(key: str, p_click: float = 0.0123) -> bytes:
     return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()
 
 
+def write_shard(path: pathlib.Path, keys: list[str], values: list[bytes], shards: int = 1) -> int:
+    return write_file(path, pa.array(keys, pa.string()), pa.array(values, pa.binary()).take, shards)
+
+
 def publish(
     lake: Storage, tmp_path: pathlib.Path, month: str, run: str, keys: list[str], shards: int = 3, p_click: float = 0.0123
 ) -> Current:
@@ -49,10 +56,10 @@ def publish(
     folder = f"lookup/{month}/{run}"
     receipts = []
     for shard in range(shards):
-        mine = sorted(key.encode() for key in keys if shard_of(key.encode(), shards) == shard)
+        mine = [key for key in keys if shard_of(key.encode(), shards) == shard]
         path = tmp_path / f"{run}-{shard}"
-        assert write_shard(path, [(mine, [row(key.decode(), p_click) for key in mine])] if mine else [], 1000) == len(mine)
-        name = f"{folder}/{shard_name(shard, shards)}-attempt.mdb"
+        assert write_shard(path, mine, [row(key, p_click) for key in mine], shards) == len(mine)
+        name = f"{folder}/{shard_name(shard, shards)}-attempt.shard"
         lake.upload(path, name)
         receipts.append(Receipt(shard_name(shard, shards), name, len(mine), crc32c=crc32c(path.read_bytes())))
     info = {"month": month, "run": run, "shards": shards, "encoder_version": "e1", "model_version": "r1", "created": CREATED}
@@ -105,16 +112,16 @@ def swap_shards(lake: Folder, current: Current) -> None:
     rewrite(lake, current, change)
 
 
-def not_lmdb(lake: Folder, current: Current) -> None:
+def no_table(lake: Folder, current: Current) -> None:
     first_file(lake, current).write_bytes(b"no table")
     rewrite(lake, current, with_receipt(1, crc32c=crc32c(b"no table")))
 
 
 FAULTS: dict[str, tuple[Callable[[Folder, Current], Any], str]] = {
-    "truncated": (truncate, r"shard-00001-of-00003-attempt.mdb is corrupt: \d+ bytes with CRC32C \S+, but its receipt says"),
+    "truncated": (truncate, r"shard-00001-of-00003-attempt.shard is corrupt: \d+ bytes with CRC32C \S+, but its receipt says"),
     "empty": (lambda lake, current: first_file(lake, current).write_bytes(b""), "is corrupt: 0 bytes"),
-    "flipped bit": (flip, "shard-00001-of-00003-attempt.mdb is corrupt"),
-    "not LMDB": (not_lmdb, "shard-00001-of-00003 of run r2 cannot be opened"),
+    "flipped bit": (flip, "shard-00001-of-00003-attempt.shard is corrupt"),
+    "no table": (no_table, "shard-00001-of-00003 of run r2 cannot be opened"),
     "missing file": (lambda lake, current: first_file(lake, current).unlink(), "shard-00001-of-00003 is missing: the lake has no lookup/"),
     "wrong count": (
         lambda lake, current: rewrite(lake, current, with_receipt(1, rows=77)),

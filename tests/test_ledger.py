@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from served import write_shard
 
 from beam_jobs import ledger
 from beam_jobs.config import Config
@@ -17,7 +18,7 @@ from schemas import lake
 from schemas.lake import MANIFEST, Manifest, Receipt
 from schemas.parquet import upload, write_parquet
 from schemas.storage import Folder
-from serving import store
+from serving.shard import shard_name
 
 MONTH = "2026-10"
 READ, INGESTED, REJECTED = 130, 120, 10
@@ -29,10 +30,10 @@ def keys(start: int, rows: int) -> list[pa.RecordBatch]:
 
 
 def lookup_shard(storage: Folder, shard: int, start: int, rows: int) -> Receipt:
-    path = pathlib.Path(storage.uri) / "local.lmdb"
-    written = store.write_shard(path, [([f"k{i:04d}".encode() for i in range(start, start + rows)], [b'{"key":1}'] * rows)], 1000)
-    file, checksum = upload(storage, path, lake.unique("lookup", "shard", ".lmdb"))
-    return Receipt(store.shard_name(shard, 2), file, written, {"entries": written}, checksum)
+    path = pathlib.Path(storage.uri) / "local.shard"
+    written = write_shard(path, [f"k{i:04d}" for i in range(start, start + rows)], [b'{"key":1}'] * rows)
+    file, checksum = upload(storage, path, lake.unique("lookup", "shard", ".shard"))
+    return Receipt(shard_name(shard, 2), file, written, {"entries": written}, checksum)
 
 
 def folder_of(run: MonthRun, stage: str) -> str:

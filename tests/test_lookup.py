@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from beam_jobs import lookup
+from beam_jobs import lookup, shard
 from beam_jobs.config import Config
 from beam_jobs.run import MonthRun
 from beam_jobs.runner import run_pipeline
@@ -17,6 +17,7 @@ from schemas.lake import Current, Manifest, Receipt, commit
 from schemas.parquet import write_parquet
 from schemas.storage import Folder
 from serving import store
+from serving.shard import shard_of
 
 CONTRACT = Contract(
     (
@@ -74,7 +75,7 @@ ODD_INTS = [0, -1, 2**63 - 1, -(2**63), 10**15, None]
     ids=range(8),
 )
 def test_values_are_what_json_makes_of_them(column: pa.Array) -> None:
-    texts = lookup.json_values(column).to_pylist()
+    texts = shard.json_values(column).to_pylist()
     assert [json.loads(text) for text in texts] == column.to_pylist()
     for text, value in zip(texts, column.to_pylist(), strict=True):
         assert "\n" not in text and (isinstance(value, float) or json.loads(json.dumps(value)) == json.loads(text))
@@ -83,7 +84,7 @@ def test_values_are_what_json_makes_of_them(column: pa.Array) -> None:
 def test_every_double_comes_back() -> None:
     values = np.random.default_rng(0).integers(0, 1 << 63, 20_000, np.uint64).view(np.float64)
     values = np.concatenate([values[np.isfinite(values)], np.random.default_rng(1).random(20_000)])
-    texts = lookup.json_values(pa.array(values)).to_pylist()
+    texts = shard.json_values(pa.array(values)).to_pylist()
     np.testing.assert_array_equal(np.array([float(json.loads(text)) for text in texts]), values)
 
 
@@ -98,10 +99,10 @@ def test_objects_are_their_rows(name: str) -> None:
             "last": (ODD_STRINGS * 2)[1 : rows + 1],
         }
     )
-    objects = lookup.json_objects(batch)
+    objects = shard.json_objects(batch)
     assert [json.loads(text) for text in objects.to_pylist()] == batch.to_pylist()
     assert [list(json.loads(text)) for text in objects.to_pylist()] == [list(row) for row in batch.to_pylist()]
-    assert lookup.json_objects(batch.slice(0, 0)).to_pylist() == []
+    assert shard.json_objects(batch.slice(0, 0)).to_pylist() == []
 
 
 # --- the table ----------------------------------------------------------------------------------------------------------------------------
@@ -111,7 +112,7 @@ def test_objects_are_their_rows(name: str) -> None:
 def test_shards_are_those_that_the_service_looks_in(shards: int) -> None:
     keys = [key for key in ODD_STRINGS if key] + [f"ad{i}" for i in range(1000)]
     found = lookup.shard_of_key(pa.RecordBatch.from_pydict({"key": keys}), shards)
-    assert found.tolist() == [store.shard_of(key.encode(), shards) for key in keys]
+    assert found.tolist() == [shard_of(key.encode(), shards) for key in keys]
 
 
 def score_rows(run: MonthRun, rows: int) -> pa.RecordBatch:
