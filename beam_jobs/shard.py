@@ -40,10 +40,11 @@ def write_file(path: pathlib.Path, keys: pa.Array, values_of: Callable[[pa.Array
     buckets = max(1, rows)
     bucket = numbers // np.uint32(shards) % np.uint32(buckets)
     order = np.argsort(bucket, kind="stable")
-    position = HEADER.size + 8 * (buckets + 1)
-    starts = [np.array([position], np.uint64)]
+    index_end = HEADER.size + 8 * (buckets + 1)
+    starts = [np.array([index_end + len(END)], np.uint64)]
     with path.open("wb") as stream:
-        stream.seek(position)
+        stream.seek(index_end)
+        stream.write(END)
         for at in range(0, rows, CHUNK_ROWS):
             some = pa.array(order[at : at + CHUNK_ROWS])
             records = pc.binary_join_element_wise(

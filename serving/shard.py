@@ -2,7 +2,7 @@
 
     header     8 bytes MAGIC, then rows, buckets and the file's size; as all numbers here unsigned 64-bit, little-endian
     starts     buckets + 1 positions in the file: where each bucket's records start, and where the last one's end
-    records    by bucket: key 0xFF value 0xFF
+    records    0xFF, then by bucket: key 0xFF value 0xFF
 
 Keys and values are UTF-8, which has no byte 0xFF. A key's shard and bucket follow from its CRC-32, the one hash that costs a reader next to
 nothing, and there are as many buckets as rows; so a key that is there is found by two reads, of its bucket's start and of the few

@@ -93,11 +93,8 @@ class Table:
         # As in `shard_of`, without the call.
         data, starts, buckets = self._parts[number % self._shards]
         bucket = number // self._shards % buckets
-        found = data[starts[bucket] : starts[bucket + 1]].split(END)
-        if found[0] == key and key:
-            return found[1]
-        # Another key has the same bucket, or the bucket is empty.
-        return dict(zip(found[2::2], found[3::2], strict=False)).get(key)
+        records = data[starts[bucket] - 1 : starts[bucket + 1]]  # With the end of what comes before, which all keys stand behind.
+        return records.partition(END + key + END)[2].partition(END)[0] or None
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes]:
         """The row under each key as JSON, `null` where the month has no such key."""

@@ -43,9 +43,9 @@ def test_each_row_is_found_by_two_reads(tmp_path: pathlib.Path, shards: int) -> 
     values = [b'{"x":"%s"}' % (b"y" * (i % 90)) for i in range(len(keys))]
     path = tmp_path / "shard"
     assert write_shard(path, keys, values, shards) == len(keys)
-    assert path.stat().st_size == sum(len(key) + len(value) + 2 for key, value in zip(keys, values, strict=True)) + 8 * (len(keys) + 1) + 32
+    assert path.stat().st_size == sum(len(key) + len(value) + 2 for key, value in zip(keys, values, strict=True)) + 8 * (len(keys) + 1) + 33
     shard = Shard(path)
-    assert (shard.rows, shard.buckets, shard.starts[0]) == (len(keys), len(keys), 32 + 8 * (len(keys) + 1))
+    assert (shard.rows, shard.buckets, shard.starts[0]) == (len(keys), len(keys), 33 + 8 * (len(keys) + 1))
     sizes = Counter()
     for key, value in zip(keys, values, strict=True):
         bucket = zlib.crc32(key.encode()) // shards % shard.buckets
