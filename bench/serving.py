@@ -344,9 +344,10 @@ def bench(work: pathlib.Path, rows: int, seconds: int, rounds: int) -> Iterator[
     if lake.read_manifest(storage, lake.stage_folder("lookup", "2026-10", RUN)) is None:
         yield verdict("build, rows/s a core", build(storage, rows), 300_000)
     os.sched_setaffinity(0, {CORES[0]})  # Which all servers inherit.
+    began = time.monotonic()
     with serving(storage.uri, cache) as first:
         eventually(first.ready, 600)
-    began = time.monotonic()
+    fetched, began = time.monotonic() - began, time.monotonic()
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(serving(storage.uri, cache))
         eventually(server.ready)
@@ -397,6 +398,15 @@ def bench(work: pathlib.Path, rows: int, seconds: int, rounds: int) -> Iterator[
         yield verdict(f"keys/s a core, in batches of {BATCH:,}", batches.rate * BATCH, 400_000)
         yield verdict("anonymous memory of a worker, MB", max(server.anonymous_bytes()) / 1e6, 150, at_least=False)
         table.close()
+    # A new instance is a pod on a node that has the image (10 s, assumed), and then fetches the month.
+    spike = ["--capacity", f"{ours.requests / ours.seconds:.0f}", "--startup", f"{10 + fetched:.0f}"]
+    print(
+        f"\n  scripts/simulate_scaling {' '.join(spike)}  (10 s for the pod, assumed; {fetched:.1f} s to fetch the table, measured)",
+        flush=True,
+    )
+    told = subprocess.run([sys.executable, str(TOP / "deploy/serving/simulate_scaling.py"), *spike], capture_output=True, text=True)
+    print(f"  {told.stdout.splitlines()[-1]}")
+    yield verdict("spike from 1 to 4 x in 60 s: exit of simulate_scaling", told.returncode, 0, at_least=False)
 
 
 def paced(load: Load, server: Measured, wanted: float, seconds: int) -> tuple[float, float]:
