@@ -12,7 +12,7 @@ from schemas.lake import Champion, Current
 from schemas.storage import Storage
 
 # The folders that belong to one run of one month, whole; under `creatives` and `embeddings` the packs are every later month's as well.
-OF_A_RUN = ("rows", "rejects", "evaluation", "scores", "outcomes", "lookup", "runs")
+OF_A_RUN = ("rows", "rejects", "evaluation", "scores", "outcomes", "lookup", "statistics", "realised", "runs")
 _SPILL_SECONDS = 24 * 3600
 
 
