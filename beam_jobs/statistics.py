@@ -33,7 +33,7 @@ LABELLED, UNLABELLED, IMAGES = "labelled", "unlabelled", "images"
 # A quantile's rank is off by less than this share of the rows; of a column with more values than this many, counts are off by less than
 # one in so many rows; a distinct count is exact up to this many, and beyond off by 1.6 % or so.
 QUANTILE_ERROR, TOP_VALUES, DISTINCT = 0.001, 16_384, 4_096
-_TOP_SHOWN, _BUCKETS, _RANKS, _MOST_SLICES = 100, 20, 1_000, 1_000
+_TOP_SHOWN, _BUCKETS, _RANKS, _MOST_SLICES, _SAMPLE = 100, 20, 1_000, 1_000, 4_096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,58 +134,81 @@ def added(sketches: Iterable[Sketch]) -> Sketch:
     return Sketch(**sums)
 
 
-def of_column(values: pa.Array, categorical: bool, top: bool = True) -> Sketch:
-    """Sketch one column; `top` is false of a column of names that nearly all differ."""
+def of_column(values: pa.Array, categorical: bool) -> Sketch:
+    """Sketch one column."""
+    return _by_group(values, _coded(values), np.zeros(len(values), np.int64), 1, categorical)[0]
+
+
+# The distinct values, and which of them each row has, from 1; 0 where it has none. Shape (rows,), int64.
+_Coded = tuple[pa.Array, np.ndarray]
+
+
+def _coded(values: pa.Array) -> _Coded | None:
+    """A column that is cheaper to count than to sketch row by row; None where most values differ."""
+    sample = values.slice(0, _SAMPLE)
+    if 2 * len(pc.unique(sample)) > len(sample):
+        return None
+    coded = values.dictionary_encode()
+    return coded.dictionary, pc.fill_null(coded.indices, -1).to_numpy().astype(np.int64) + 1
+
+
+def _by_group(values: pa.Array, coded: _Coded | None, group: np.ndarray, groups: int, categorical: bool, top: bool = True) -> list[Sketch]:
+    """Sketches of the values of each group of rows, by its number; `top` is false of names that nearly all differ."""
+    rows = np.bincount(group, minlength=groups).tolist()
+    if coded is None:
+        parts = [values.filter(pa.array(group == number)).drop_null() for number in range(groups)]
+        return [_sketch(part, np.ones(len(part)), rows[number], categorical, top) for number, part in enumerate(parts)]
+    distinct, codes = coded
+    counts = np.bincount(codes * groups + group, minlength=groups * (len(distinct) + 1)).reshape(-1, groups)[1:]
+    found = [np.flatnonzero(counts[:, number]) for number in range(groups)]
+    return [_sketch(distinct.take(pa.array(at)), counts[at, number], rows[number], categorical, top) for number, at in enumerate(found)]
+
+
+def _sketch(values: pa.Array, counts: np.ndarray, rows: int, categorical: bool, top: bool) -> Sketch:
+    """Of values, none of them null, that are there so many times each, among so many rows."""
     from tfx_bsl.sketches import KmvSketch, MisraGriesSketch
 
-    rows, values = len(values), values.drop_null()
-    distinct, made = KmvSketch(DISTINCT), Sketch(rows, rows - len(values))
-    if not categorical:
-        distinct.AddValues(values)
-        numbers = values.cast(pa.float64())
-        array = numbers.to_numpy(zero_copy_only=False)
-        sketch = _quantiles()
-        if len(array):
-            sketch.AddValues(numbers)
-            made = dataclasses.replace(made, low=float(array.min()), high=float(array.max()))
-        sketch.Compact()
-        sums = {"zeros": int(len(array) - np.count_nonzero(array)), "total": float(array.sum()), "squares": float(array @ array)}
-        return dataclasses.replace(made, **sums, quantiles=sketch.__getstate__(), distinct=distinct.Serialize())
-    state, texts = b"", values.cast(pa.string())
-    total = float(pc.sum(pc.binary_length(texts), min_count=0).as_py())
-    if top:
-        found, sketch = texts.value_counts(), MisraGriesSketch(TOP_VALUES)
-        texts = found.field(0)
-        # Exact, as a unit has far fewer rows than a float32 can count.
-        sketch.AddValues(texts, found.field(1).cast(pa.float32()))
-        state = sketch.Serialize()
-    distinct.AddValues(texts)
-    return dataclasses.replace(made, total=total, top=state, distinct=distinct.Serialize())
+    values = values.cast(pa.string()) if categorical else values
+    distinct, known = KmvSketch(DISTINCT), int(counts.sum())
+    distinct.AddValues(values)
+    made = Sketch(rows, rows - known, distinct=distinct.Serialize())
+    # Exact, as a unit has far fewer rows than a float32 can count.
+    weights = pa.array(counts.astype(np.float32))
+    if categorical:
+        names = MisraGriesSketch(TOP_VALUES)
+        if top:
+            names.AddValues(values, weights)
+        total = float(pc.binary_length(values).to_numpy() @ counts)
+        return dataclasses.replace(made, total=total, top=names.Serialize() if top else b"")
+    numbers, sketch = values.cast(pa.float64()), _quantiles()
+    array = numbers.to_numpy()
+    if len(array):
+        sketch.AddValues(numbers, weights)
+        made = dataclasses.replace(made, low=float(array.min()), high=float(array.max()))
+    sketch.Compact()
+    sums = {"zeros": int(counts[array == 0].sum()), "total": float(array @ counts), "squares": float(array**2 @ counts)}
+    return dataclasses.replace(made, **sums, quantiles=sketch.__getstate__())
 
 
 def of_rows(table: pa.Table, contract: Contract) -> Sketches:
     """Sketch a unit's rows, as ingest has them, and count clicks by the values of segments and position."""
     batch = next(iter(table.combine_chunks().to_batches()), pa.RecordBatch.from_pylist([], table.schema))
     clicks, impressions = (array.astype(np.float64) for array in outcomes(batch, contract))
-    out: Sketches = {}
-    for name, wanted in ((LABELLED, impressions > 0), (UNLABELLED, impressions <= 0)):
-        part = batch.filter(pa.array(wanted))
-        for column in contract.kept:
-            names = bool(column.tags & {"key", "image"})
-            if column.name != key_of(contract):
-                out[name, column.name, None] = of_column(part[column.name], names or column.categorical, top=not names)
-        out[name, key_of(contract), None] = of_column(part["key"], categorical=True, top=False)
-    labelled = impressions > 0
-    for column in (*contract.segments, *([contract.position] if contract.position else [])):
-        coded = pc.fill_null(batch[column.name].cast(pa.string()), "").dictionary_encode()
-        codes, values = coded.indices.to_numpy()[labelled], coded.dictionary.to_pylist()
-        if len(values) <= _MOST_SLICES:
-            sums = [
-                np.bincount(codes, weights, len(values)) for weights in (None, *(x[labelled] for x in (clicks, clicks**2, impressions)))
-            ]
-            for value, rows, *told in zip(values, *(array.tolist() for array in sums), strict=True):
-                named = dict(zip(("clicks", "clicks_squared", "impressions"), told, strict=True))
-                out[LABELLED, column.name, value] = Sketch(int(rows), **named)
+    group, out = (impressions <= 0).astype(np.int64), Sketches()
+    sliced = (*contract.segments, contract.position)
+    named = {column.name: (batch[column.name], column) for column in contract.kept}
+    for name, (values, column) in (named | {key_of(contract): (batch["key"], contract.key[0])}).items():
+        coded, names = _coded(values), bool(column.tags & {"key", "image"})
+        made = _by_group(values, coded, group, 2, names or column.categorical, top=not names)
+        out |= {(slice_, name, None): sketch for slice_, sketch in zip((LABELLED, UNLABELLED), made, strict=True)}
+        if column in sliced and coded and len(coded[0]) < _MOST_SLICES:
+            # What is not labelled has none of these.
+            weights = (impressions > 0, clicks, clicks**2, impressions)
+            sums = [np.bincount(coded[1], weight, len(coded[0]) + 1).tolist() for weight in weights]
+            for value, rows, *told in zip(["", *coded[0].cast(pa.string()).to_pylist()], *sums, strict=True):
+                if rows:
+                    totals = dict(zip(("clicks", "clicks_squared", "impressions"), told, strict=True))
+                    out[LABELLED, name, value] = Sketch(int(rows), **totals)
     return out
 
 
