@@ -197,7 +197,7 @@ def write_index(pair: ShardPair, storage: Storage, folder: str) -> Receipt:
     counts = {f"status:{row['values']}": row["counts"] for row in pc.value_counts(index["image_status"]).to_pylist()}
     receipt = write_parquet(storage, folder, f"index/{pair.shard:05d}.000", index.to_batches(), {"images": len(index), **counts})
     if receipt.file:
-        seen = (listing["size"], found["aspect"], found["brightness"], found["image_status"])
+        seen = (listing["image"], listing["size"], found["aspect"], found["brightness"], found["image_status"])
         sketches = statistics.of_images(*(column.combine_chunks() for column in seen))
         statistics.write(storage, statistics.unit_file(receipt.file), sketches)
     return receipt

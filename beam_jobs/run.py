@@ -40,6 +40,10 @@ class StageError(RuntimeError):
     """A stage that cannot go on, in one sentence for the person who ran it."""
 
 
+class AlarmError(StageError):
+    """A month that an alarm stops: its data or its last model are not what they were."""
+
+
 class HandedOverError(RuntimeError):
     """A job that was built for somebody else to start, so that nothing can follow it here; says what was built."""
 

@@ -98,8 +98,8 @@ class Sketch:
 # By slice, column and, for what happened to the rows of one value, that value.
 Key = tuple[str, str, str | None]
 Sketches = dict[Key, Sketch]
-_SKETCH = {"int": pa.int64(), "float": pa.float64(), "bytes": pa.binary()}
-_FIELDS = [(field.name, _SKETCH[getattr(field.type, "__name__", field.type)]) for field in dataclasses.fields(Sketch)]
+_SKETCH: dict[Any, pa.DataType] = {int: pa.int64(), float: pa.float64(), bytes: pa.binary()}
+_FIELDS = [(field.name, _SKETCH[field.type]) for field in dataclasses.fields(Sketch)]
 _STATE = pa.schema([("slice", pa.string()), ("column", pa.string()), ("value", pa.string()), *_FIELDS])
 
 
@@ -186,8 +186,8 @@ def _sketch(values: pa.Array, counts: np.ndarray, rows: int, categorical: bool, 
         sketch.AddValues(numbers, weights)
         made = dataclasses.replace(made, low=float(array.min()), high=float(array.max()))
     sketch.Compact()
-    sums = {"zeros": int(counts[array == 0].sum()), "total": float(array @ counts), "squares": float(array**2 @ counts)}
-    return dataclasses.replace(made, **sums, quantiles=sketch.__getstate__())
+    total, squares, zeros = float(array @ counts), float(array**2 @ counts), int(counts[array == 0].sum())
+    return dataclasses.replace(made, zeros=zeros, total=total, squares=squares, quantiles=sketch.__getstate__())
 
 
 def of_rows(table: pa.Table, contract: Contract) -> Sketches:
@@ -217,11 +217,13 @@ def key_of(contract: Contract) -> str:
     return contract.key[0].name if len(contract.key) == 1 else "key"
 
 
-def of_images(size: pa.Array, aspect: pa.Array, brightness: pa.Array, fault: pa.Array) -> Sketches:
+def of_images(name: pa.Array, size: pa.Array, aspect: pa.Array, brightness: pa.Array, fault: pa.Array) -> Sketches:
     """Sketch a month's images: bytes, width over height, mean brightness (0 to 1), and what is wrong with them (`ok` where nothing is)."""
+    names = _by_group(name, None, np.zeros(len(name), np.int64), 1, categorical=True, top=False)
     numbers = {"size": size, "aspect": aspect, "brightness": brightness}
     return {
         **{(IMAGES, name, None): of_column(values, categorical=False) for name, values in numbers.items()},
+        (IMAGES, "name", None): names[0],
         (IMAGES, "fault", None): of_column(fault, categorical=True),
     }
 
@@ -370,5 +372,5 @@ def shares_up_to(sketch: Sketch, edges: np.ndarray) -> np.ndarray:
 
 def exchanged(before: Sketch, now: Sketch) -> tuple[float, float]:
     """Of a column of names: the share of this month's that are new, and the share of last month's that are gone."""
-    both = before.unique + now.unique - (before + now).unique
+    both = max(before.unique + now.unique - (before + now).unique, 0)
     return 1 - min(both / max(now.unique, 1), 1), 1 - min(both / max(before.unique, 1), 1)

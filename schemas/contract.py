@@ -305,8 +305,8 @@ def _column(feature: Any) -> Column:
         reference=reference,
         mature_days=int(days) if young else 0,
     )
-    limits = {name: _limit(feature, f"{name}_comparator", made.categorical) for name in ("drift", "skew")}
-    return dataclasses.replace(made, **limits)
+    drift, skew = (_limit(feature, f"{name}_comparator", made.categorical) for name in ("drift", "skew"))
+    return dataclasses.replace(made, drift=drift, skew=skew)
 
 
 def _norm(categorical: bool) -> str:
