@@ -26,7 +26,7 @@ one's own data: put CSV files in LAKE/raw/2026-10/ads/ and images in LAKE/raw/20
   adstocrat month 2026-10 --lake LAKE --contract ads.pbtxt
 
 `adstocrat COMMAND --help` tells more of each."""
-_STAGES = ("ingest", "creatives", "encoder", "embed", "train", "evaluate", "score", "lookup", "publish")
+_STAGES = ("ingest", "creatives", "realised", "encoder", "embed", "drift", "train", "evaluate", "score", "lookup", "publish")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -198,7 +198,8 @@ def check(run: MonthRun) -> None:
 
 
 def is_complete(run: MonthRun) -> bool:
-    return run.storage.read_json(_file(run.month, run.id)) is not None
+    found = run.storage.read_json(_file(run.month, run.id))
+    return found is not None and not any(row["alarm"] and row["action"] == "stop" for row in found["compared"])
 
 
 def headlines(storage: Storage, month: str, id: str) -> list[str]:
