@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from beam_jobs import drift, ledger
+from beam_jobs.notify import notify
 from beam_jobs.ready import check_rejects
-from beam_jobs.run import MonthRun
+from beam_jobs.run import HandedOverError, MonthRun
 from schemas import lake
 from schemas.lake import Manifest
 
@@ -36,7 +37,18 @@ class Stage:
 
 
 def run_month(run: MonthRun, flags: Flags) -> None:
-    """Run all stages, then show the ledger."""
+    """Run all stages, show alarms and the ledger, and tell the webhook how it ended."""
+    try:
+        _run_stages(run, flags)
+    except HandedOverError:
+        raise
+    except BaseException as error:
+        notify(run, error)
+        raise
+    notify(run, None)
+
+
+def _run_stages(run: MonthRun, flags: Flags) -> None:
     log.info("month %s, run %s, window %s", run.month, run.id, ", ".join(month for month, _ in run.window))
     for stage in STAGES:
         run_stage(stage, run, flags)
@@ -223,10 +235,11 @@ def _tell_evaluate(run: MonthRun) -> tuple[str, int]:
 
 
 def _score(run: MonthRun, flags: Flags) -> None:
-    from beam_jobs import evaluate, score
+    from beam_jobs import evaluate, score, shift
 
     evaluate.check_promoted(run)
     _pipeline("score", score.define_pipeline, flags, run, run.manifest(run.stage("evaluation"), "evaluate"))
+    shift.explain(run)
 
 
 def _tell_score(run: MonthRun) -> tuple[str, int]:

@@ -84,6 +84,8 @@ def _make_current(run: MonthRun, back: bool = False, keep_model: bool = False) -
     counts = ledger.take(run)["counts"]
     evaluation, scores = run.manifest(run.stage("evaluation"), "evaluate"), run.manifest(run.stage("scores"), "score")
     current = Current(run.month, run.id)
+    if moved := run.storage.read_json(f"{run.folder}/shift.json"):
+        log.info("  publish: %s", moved["sentence"])
     if back:
         _move(run, lake.CURRENT, current)
     warehouse = Warehouse(run, counts["ingested"]) if run.config.dataset else None

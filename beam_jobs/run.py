@@ -37,15 +37,26 @@ LISTING = pa.schema([("image", pa.string()), ("size", pa.int64()), ("crc32c", pa
 
 
 class StageError(RuntimeError):
-    """A stage that cannot go on, in one sentence for the person who ran it."""
+    """A stage that cannot go on, in one sentence for the person who ran it; the command ends with `status`."""
+
+    status = 1
 
 
 class AlarmError(StageError):
     """A month that an alarm stops: its data or its last model are not what they were."""
 
+    status = 4
+
 
 class HandedOverError(RuntimeError):
     """A job that was built for somebody else to start, so that nothing can follow it here; says what was built."""
+
+
+def stage_error(error: BaseException | None) -> StageError | None:
+    """The stage's own error behind what Beam made of it, if there is one."""
+    while error is not None and not isinstance(error, StageError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 @dataclasses.dataclass(frozen=True)

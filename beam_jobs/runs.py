@@ -73,7 +73,7 @@ def show(storage: Storage, id: str) -> str:
         "published": run.published or None,
         "inputs": run.inputs,
         "evaluation": evaluation.info if evaluation else None,
-        "ledger": storage.read_json(f"{lake.run_folder(run.month, run.id)}/ledger.json"),
+        **{name: storage.read_json(f"{lake.run_folder(run.month, run.id)}/{name}.json") for name in ("ledger", "drift", "realised", "shift")},
     }
     return json.dumps(parts, indent=1)
 
