@@ -108,7 +108,7 @@ def read_outcomes(run: MonthRun, file: str) -> Iterator[pa.RecordBatch]:
 def judge_pair(pair: ShardPair, run: MonthRun, ranker: str, segments: frozenset[Segment]) -> tuple[int, Part]:
     """A shard's outcomes against its scores."""
     rows = read_table(run.storage, pair.left).combine_chunks()
-    schema = pa.schema([("key", pa.string()), ("creative", pa.string()), ("p_click", pa.float64())])
+    schema = pa.schema([tables.schema("scores").field(name) for name in _SCORES])
     scores = read_table(run.storage, pair.right, schema)
     effect = functools.partial(position_effect, _ranker(run, ranker), run.contract)
     evaluation, unmatched = judge(rows, scores, run.contract, effect, segments)
