@@ -7,6 +7,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+# Kinds of alarm (beam_jobs/drift.py).
+ALARMS = ("drift", "skew", "missing", "faults", "embedding", "churn")
+
 
 class ConfigError(ValueError):
     """A setting that cannot be used, with its value, what was expected and the fix."""
@@ -57,7 +60,7 @@ class Config:
     accept_shift: bool = _setting("publish although the mean probability differs by more than that", False)
     monitor_missing: float = _setting("share by which missing values of a column, or an image fault, may change from month to month", 0.05)
     monitor_stop: tuple[str, ...] = _setting(
-        "kinds of alarm (drift, skew, missing, faults, embedding, churn) and columns that stop the month; more than one may be given", ()
+        f"kinds of alarm ({', '.join(ALARMS)}) and columns that stop the month; more than one may be given", ()
     )
     monitor_warn: float = _setting("share by which predicted clicks of last month's run may differ from what happened", 0.10)
     monitor_scratch: float = _setting("and from which on the ranker is trained from scratch", 0.25, affects_model=True)

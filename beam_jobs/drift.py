@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from beam_jobs import statistics
+from beam_jobs.config import ALARMS
 from beam_jobs.run import AlarmError, MonthRun
 from beam_jobs.statistics import IMAGES, LABELLED, Sketch, Sketches
 from schemas import lake
@@ -26,7 +27,7 @@ from schemas.storage import Storage
 
 log = logging.getLogger("adstocrat")
 
-DRIFT, SKEW, MISSING, FAULTS, EMBEDDING, CHURN = KINDS = ("drift", "skew", "missing", "faults", "embedding", "churn")
+DRIFT, SKEW, MISSING, FAULTS, EMBEDDING, CHURN = KINDS = ALARMS
 _FAMILY_WISE = 0.01
 # Limits where the contract has none: of the difference of a value's share, and of a number's Jensen-Shannon divergence in bits.
 _NAMES_LIMIT, _NUMBERS_LIMIT, _SKEW_TO_DRIFT = 0.05, 0.02, 2.0

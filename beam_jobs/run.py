@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_jobs.config import Config
+from beam_jobs.config import ALARMS, Config, ConfigError, suggestion
 from model import registry
 from schemas import contract as contracts
 from schemas import lake
@@ -157,6 +157,9 @@ def derive(config: Config, month: str, contract: Contract | None = None) -> tupl
     contract = contract or contracts.load(config.contract or contracts.DEFAULT)
     if config.dataset:
         _check_names(contract)
+    stops = (*ALARMS, *(column.name for column in contract.kept))
+    for name in set(config.monitor_stop) - set(stops):
+        raise ConfigError(f"monitor_stop has {name!r}; expected kinds of alarm and columns: {', '.join(stops)}{suggestion(name, stops)}")
     delivered = [entry for entry in storage.entries(lake.raw_ads(month)) if _is_text(entry.name)]
     ads = tuple(entry for entry in delivered if entry.name.lower().endswith((".csv", ".csv.gz")))
     if odd := [entry.name for entry in delivered if entry not in ads]:

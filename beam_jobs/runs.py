@@ -73,7 +73,10 @@ def show(storage: Storage, id: str) -> str:
         "published": run.published or None,
         "inputs": run.inputs,
         "evaluation": evaluation.info if evaluation else None,
-        **{name: storage.read_json(f"{lake.run_folder(run.month, run.id)}/{name}.json") for name in ("ledger", "drift", "realised", "shift")},
+        **{
+            name: storage.read_json(f"{lake.run_folder(run.month, run.id)}/{name}.json")
+            for name in ("ledger", "drift", "realised", "shift")
+        },
     }
     return json.dumps(parts, indent=1)
 

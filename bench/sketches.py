@@ -51,7 +51,7 @@ def main() -> None:
                 run_pipeline(lambda root, run=run: ingest.define_pipeline(root, run), [])
                 total = time.process_time() - started
             print(
-                f"{arguments.rows:,} rows: ingest {total:.2f} CPU s, statistics in it {spent:.2f}, {spent / (total - spent):.1%} of the rest"
+                f"{arguments.rows:,} rows: ingest {total:.2f} CPU s, with {spent:.2f} of statistics, {spent / (total - spent):.1%} of the rest"
             )
             # The first has imports in it.
             shares += [spent / (total - spent)] if number else []

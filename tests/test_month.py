@@ -105,6 +105,7 @@ def test_a_month_with_nothing_to_learn_from_is_scored_with_the_champion(tmp_path
     deliver(storage, SEPTEMBER, labelled=False)
     assert run(storage, tmp_path, SEPTEMBER, *columns, flags=("--window-months", "1")) == 1
     assert not storage.names("models/")
+    assert run(storage, tmp_path, SEPTEMBER, *columns, flags=("--monitor-stop", "mising")) == 2
     # An encoder is due, too.
     flags = ("--window-months", "1", "--encoder-refresh", "months 1")
     with webhook() as (url, told):
