@@ -50,9 +50,7 @@ def main() -> None:
                 started = time.process_time()
                 run_pipeline(lambda root, run=run: ingest.define_pipeline(root, run), [])
                 total = time.process_time() - started
-            print(
-                f"{arguments.rows:,} rows: ingest {total:.2f} CPU s, with {spent:.2f} of statistics, {spent / (total - spent):.1%} of the rest"
-            )
+            print(f"{arguments.rows:,} rows: {total:.2f} CPU s, {spent:.2f} of it statistics, {spent / (total - spent):.1%} of the rest")
             # The first has imports in it.
             shares += [spent / (total - spent)] if number else []
         print(f"median: {median(shares):.1%} of ingest without them")

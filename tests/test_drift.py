@@ -198,6 +198,33 @@ def test_planted_drift_is_named_in_the_first_lines(
     assert any(line.startswith(f"ALARM {kind} {column}") for line in lines)
 
 
+def test_embeddings_that_moved_or_are_far_from_any_seen_are_named() -> None:
+    rng = np.random.default_rng(0)
+
+    def month(first: int, moved: float = 0.0, odd: float = 0.0) -> dict[str, np.ndarray]:
+        """1,000 creatives from that number on: in groups, as pictures are, some of the last 250 of a kind of their own."""
+        centres = np.random.default_rng(1).standard_normal((8, 32))
+        made = {
+            f"c{n}": (centres[n % 8] + 0.3 * np.random.default_rng(n).standard_normal(32)).astype(np.float32)
+            for n in range(first, first + 1000)
+        }
+        fresh = [name for name in made if int(name[1:]) >= 1000]
+        for name in fresh:
+            made[name] += 4 * (rng.random() < odd) * np.eye(1, 32, 3, np.float32)[0]
+        return {name: (vector + moved).astype(np.float32) for name, vector in made.items()}
+
+    def alarms(now: dict[str, np.ndarray]) -> list[tuple[str, str]]:
+        rows = drift.ruled(list(drift.embeddings("image", month(0), now)), ())["compared"]
+        assert {(row["kind"], row["column"], row["value"]) for row in rows} == {
+            (drift.EMBEDDING, "image", value) for value in ("mean", "far")
+        }
+        return [row["value"] for row in rows if row["alarm"]]
+
+    assert alarms(month(250)) == []
+    assert "mean" in alarms(month(250, moved=0.3)) and alarms(month(250, odd=0.2)) == ["far"]
+    assert list(drift.embeddings("image", {}, month(0))) == []
+
+
 def test_48_undisturbed_months_are_quiet(tmp_path: pathlib.Path) -> None:
     storage, alarms = Folder(str(tmp_path)), list[tuple[str, str]]()
     months, history = list[Sketches](), list[drift.Compared]()
