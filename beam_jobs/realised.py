@@ -90,7 +90,7 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun, month: str, id: str, seg
 
 
 def _files(run: MonthRun, stage: str, month: str, id: str) -> list[str]:
-    receipts = run.manifest(lake.stage_folder(stage, month, id), stage).receipts
+    receipts = run.manifest(lake.stage_folder(stage, month, id), "ingest" if stage == "rows" else "score").receipts
     return [receipt.file for receipt in receipts if receipt.file and receipt.unit.startswith("shard/")]
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 from tensorflow_metadata.proto.v0 import statistics_pb2
-from test_drift import CONTRACT, pictures_of, rows_of, sketched
+from test_drift import CONTRACT, pictures_of, rows_of, sketched_images
 
 from beam_jobs import statistics
 from beam_jobs.statistics import DISTINCT, IMAGES, LABELLED, QUANTILE_ERROR, TOP_VALUES, Sketch, Sketches
@@ -32,7 +32,7 @@ def month(tmp_path_factory: pytest.TempPathFactory) -> tuple[pa.Table, dict[str,
     rows, pictures = rows_of(storage, MONTH), pictures_of(storage, MONTH)
     edges = np.linspace(0, len(rows), PARTS + 1).astype(int).tolist()
     parts = [rows.slice(start, end - start) for start, end in itertools.pairwise(edges)]
-    of_images = {key: sketch for key, sketch in sketched(rows.slice(0, 1), pictures).items() if key[0] == IMAGES}
+    of_images = sketched_images(pictures)
     for number, part in enumerate(parts):
         statistics.write(storage, f"part-{number}", statistics.of_rows(part, CONTRACT) | (of_images if number == 0 else {}))
     return rows, pictures, statistics.merged(statistics.read(storage, f"part-{number}") for number in range(PARTS))
