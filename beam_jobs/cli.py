@@ -26,7 +26,7 @@ one's own data: put CSV files in LAKE/raw/2026-10/ads/ and images in LAKE/raw/20
   adstocrat month 2026-10 --lake LAKE --contract ads.pbtxt
 
 `adstocrat COMMAND --help` tells more of each."""
-_STAGES = ("ingest", "creatives", "encoder", "embed", "train", "evaluate", "score", "lookup", "publish")
+_STAGES = ("ingest", "creatives", "realised", "encoder", "embed", "drift", "train", "evaluate", "score", "lookup", "publish")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,7 +49,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status.
 
-    0 done, 1 the month cannot go on, 2 wrong usage or settings, 3 what is published differs, 75 not ready yet.
+    0 done, 1 the month cannot go on, 2 wrong usage or settings, 3 what is published differs, 4 an alarm
+    stopped the month, 75 not ready yet, 130 interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     arguments, behind = _split(arguments)
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     except RuntimeError as error:
         from beam_jobs.ready import NotReadyError
-        from beam_jobs.run import HandedOverError, StageError
+        from beam_jobs.run import HandedOverError, stage_error
 
         if isinstance(error, HandedOverError):
             print(error)
@@ -83,12 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(error, os.EX_TEMPFAIL)
 
         # Beam wraps what a stage raises; its own sentence is what a person needs.
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, StageError):
-            cause = cause.__cause__ or cause.__context__
+        cause = stage_error(error)
         if cause is None:
             raise
-        return _fail(cause, 1)
+        return _fail(cause, cause.status)
     except Exception as error:
         # What Google's clients raise is a sentence; importing them to name it would cost every command a second.
         if type(error).__module__.partition(".")[0] != "google":

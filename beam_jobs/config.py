@@ -7,6 +7,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+# Kinds of alarm (beam_jobs/drift.py).
+ALARMS = ("drift", "skew", "missing", "faults", "embedding", "churn")
+
 
 class ConfigError(ValueError):
     """A setting that cannot be used, with its value, what was expected and the fix."""
@@ -55,6 +58,14 @@ class Config:
     publish_max_mean_shift: float = _setting("share by which a month's mean probability may differ from last month's", 0.10)
     publish_gone: tuple[str, ...] = _setting("COLUMN=VALUE: a segment's value that is gone for good; more than one may be given", ())
     accept_shift: bool = _setting("publish although the mean probability differs by more than that", False)
+    monitor_missing: float = _setting("share by which missing values of a column, or an image fault, may change from month to month", 0.05)
+    monitor_stop: tuple[str, ...] = _setting(
+        f"kinds of alarm ({', '.join(ALARMS)}) and columns that stop the month; more than one may be given", ()
+    )
+    monitor_warn: float = _setting("share by which predicted clicks of last month's run may differ from what happened", 0.10)
+    monitor_scratch: float = _setting("and from which on the ranker is trained from scratch", 0.25, affects_model=True)
+    monitor_abort: float = _setting("and from which on the month stops before anything is trained", 0.50)
+    notify: str | None = _setting("URL that is told by POST how a month ended, as JSON (docs/runbook.md)", None)
     fetch_threads: int = _setting("images that a worker fetches and decodes at a time", 16)
     # The cheapest GPU that Dataflow has in most regions, and more than enough: thumbnails are 12 KB, and embedding one takes microseconds.
     gpu_type: str = _setting("GPU of the Dataflow workers that embed and train; '' for none", "nvidia-l4")
@@ -76,12 +87,24 @@ class Config:
             value, least = getattr(self, name), int(name != "seed")
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name} is {value!r}; expected a whole number of at least {least}")
-        for name, example in (("max_reject_share", 0.01), ("max_ne_loss", 0.005)):
+        for name, example in (("max_reject_share", 0.01), ("max_ne_loss", 0.005), ("monitor_missing", 0.05)):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise ConfigError(f"{name} is {value!r}; expected a number from 0 to 1, such as {example}")
         if not isinstance(self.publish_max_mean_shift, int | float) or not self.publish_max_mean_shift > 0:
             raise ConfigError(f"publish_max_mean_shift is {self.publish_max_mean_shift!r}; expected a number above 0, such as 0.1")
+        limits = [self.monitor_warn, self.monitor_scratch, self.monitor_abort]
+        if not all(isinstance(limit, int | float) and limit > 0 for limit in limits) or limits != sorted(limits):
+            raise ConfigError(
+                f"monitor_warn, monitor_scratch and monitor_abort are {limits}; expected numbers above 0, none below the one before"
+            )
+        if not isinstance(self.monitor_stop, list | tuple) or not all(isinstance(name, str) for name in self.monitor_stop):
+            raise ConfigError(
+                f"monitor_stop is {self.monitor_stop!r}; expected a list of kinds of alarm and columns, such as [missing, bid]"
+            )
+        object.__setattr__(self, "monitor_stop", tuple(self.monitor_stop))
+        if self.notify is not None and not re.match(r"https?://", str(self.notify)):
+            raise ConfigError(f"notify is {self.notify!r}; expected a URL that begins with http:// or https://")
         gone = self.publish_gone
         if not isinstance(gone, list | tuple) or not all(isinstance(pair, str) and "=" in pair for pair in gone):
             raise ConfigError(f"publish_gone is {gone!r}; expected a list of COLUMN=VALUE, such as [device=tv]")

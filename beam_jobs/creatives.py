@@ -4,7 +4,7 @@
 
 An image is skipped if one of the same name, size and checksum was looked at in any month; else it is fetched, and decoded unless its
 content (SHA-256) is known under another name. Writes `creatives/<month>/<run>/packs/` (new images, with their thumbnails) and
-`creatives/<month>/<run>/` (the month's image names with creative and status, in the shards of the rows).
+`creatives/<month>/<run>/` (the month's image names with creative and status, in the shards of the rows, and statistics of them).
 """
 
 import functools
@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from beam_jobs import statistics
 from beam_jobs.arrow import (
     CommitStage,
     Repartition,
@@ -46,7 +47,10 @@ log = logging.getLogger("adstocrat")
 # A pack of that many new images is 130 MB. It is written as it is made, so memory does not grow with it.
 IMAGES_PER_UNIT = 16_384
 _PACK_ROWS = 1024
-FILES = pa.schema([*LISTING, ("creative", pa.string()), ("image_status", pa.string())])
+# Of a picture that was decoded: width over height, and mean brightness from 0 to 1.
+_LOOKS = pa.schema([("image_status", pa.string()), ("aspect", pa.float32()), ("brightness", pa.float32())])
+_Looks = dict[str, Any]
+FILES = pa.schema([*LISTING, ("creative", pa.string()), *_LOOKS])
 PACK = pa.schema([*FILES, ("thumbnail", pa.binary(images.THUMBNAIL_BYTES))])
 
 
@@ -80,20 +84,27 @@ def pack_files(storage: Storage) -> list[str]:
 
 def _paired(root: beam.Pipeline, run: MonthRun, shards: int, assign: Any) -> beam.PCollection:
     sides = []
-    listed: tuple[tuple[str, Callable[[], list[str]], list[str]], ...] = (
-        ("Listing", lambda: [listing_file(run)], LISTING.names),
-        ("Known", lambda: pack_files(run.storage), FILES.names),
+    listed: tuple[tuple[str, Callable[[], list[str]], pa.Schema], ...] = (
+        ("Listing", lambda: [listing_file(run)], LISTING),
+        ("Known", lambda: pack_files(run.storage), FILES),
     )
     for label, files, columns in listed:
         sides.append(
             root
             | f"{label}Files" >> Listed(files, str)
             | f"Spread{label}" >> beam.Reshuffle()
-            | f"Read{label}"
-            >> beam.FlatMap(functools.partial(read_columns, run.storage, columns=columns)).with_output_types(pa.RecordBatch)
+            | f"Read{label}" >> beam.FlatMap(functools.partial(_read, run.storage, columns)).with_output_types(pa.RecordBatch)
             | f"Shard{label}" >> Repartition(run.storage, run.spill, shards, assign, unit_rows=None)
         )
     return pair_shards(sides[0], sides[1])
+
+
+def _read(storage: Storage, columns: pa.Schema, file: str) -> Iterator[pa.RecordBatch]:
+    """Columns of a file; those that packs of earlier versions lack are null."""
+    for batch in read_columns(storage, file, columns.names):
+        there = {name: batch[name] for name in batch.schema.names}
+        arrays = [there[field.name] if field.name in there else pa.nulls(len(batch), field.type) for field in columns]
+        yield pa.RecordBatch.from_arrays(arrays, schema=columns)
 
 
 def shard_of_content(batch: pa.RecordBatch, shards: int) -> np.ndarray:
@@ -125,9 +136,9 @@ def write_pack(pair: ShardPair, run: MonthRun, units: int) -> Receipt:
     counts = Counter[str]()
     seen = pc.is_in(_joined(listing, *LISTING.names), _joined(known, *LISTING.names).combine_chunks())
     new = listing.filter(pc.invert(seen)).sort_by([("size", "ascending"), ("crc32c", "ascending"), ("image", "ascending")])
-    contents: dict[tuple[int, str], dict[str, str]] = {}
-    for row in known.group_by(["size", "crc32c", "creative", "image_status"]).aggregate([]).to_pylist():
-        contents.setdefault((row["size"], row["crc32c"]), {})[row["creative"]] = row["image_status"]
+    contents: dict[tuple[int, str], dict[str, _Looks]] = {}
+    for row in known.group_by(["size", "crc32c", "creative", *_LOOKS.names]).aggregate([]).to_pylist():
+        contents.setdefault((row["size"], row["crc32c"]), {})[row["creative"]] = {name: row[name] for name in _LOOKS.names}
     groups = [list(group) for _, group in itertools.groupby(new.to_pylist(), key=lambda row: (row["size"], row["crc32c"]))]
     with ThreadPoolExecutor(run.config.fetch_threads) as pool:
         looks = pool.map(lambda group: _look_at(run, group, contents.get((group[0]["size"], group[0]["crc32c"]), {})), groups)
@@ -138,8 +149,8 @@ def write_pack(pair: ShardPair, run: MonthRun, units: int) -> Receipt:
     return receipt
 
 
-def _look_at(run: MonthRun, group: list[dict[str, Any]], known: dict[str, str]) -> list[dict[str, Any]]:
-    """Fetch images that may all be one content; decode each content that is not `known` (creative → status) once."""
+def _look_at(run: MonthRun, group: list[dict[str, Any]], known: dict[str, _Looks]) -> list[dict[str, Any]]:
+    """Fetch images that may all be one content; decode each content that is not `known`, by creative, once."""
     looked = []
     contents = dict(known)
     for row in group:
@@ -153,11 +164,12 @@ def _look_at(run: MonthRun, group: list[dict[str, Any]], known: dict[str, str]) 
         creative = hashlib.sha256(data).hexdigest()
         if creative not in contents:
             try:
-                pixels, contents[creative] = images.decode(data)
+                pixels, status = images.decode(data)
                 thumbnail = pixels.tobytes()
+                contents[creative] = {"image_status": status, "aspect": images.aspect(data), "brightness": float(pixels.mean()) / 255}
             except images.ImageFault as fault:
-                contents[creative] = fault.fault
-        looked.append({**row, "creative": creative, "image_status": contents[creative], "thumbnail": thumbnail})
+                contents[creative] = {"image_status": fault.fault}
+        looked.append({**row, "creative": creative, **contents[creative], "thumbnail": thumbnail})
     return looked
 
 
@@ -178,9 +190,14 @@ def write_index(pair: ShardPair, storage: Storage, folder: str) -> Receipt:
     # By creative, nulls last: the first that is found of a name is one that was there, if ever it was.
     looked = looked.sort_by("creative")
     where = pc.index_in(_joined(listing, *LISTING.names), _joined(looked, *LISTING.names).combine_chunks())
-    found = looked.select(["creative", "image_status"]).take(where)
+    found = looked.select(["creative", *_LOOKS.names]).take(where)
     usable = pc.is_in(found["image_status"], pa.array(images.USABLE))
     columns = [listing["image"], pc.if_else(usable, found["creative"], None), found["image_status"]]
     index = pa.table(columns, schema=INDEX).sort_by("image").combine_chunks()
     counts = {f"status:{row['values']}": row["counts"] for row in pc.value_counts(index["image_status"]).to_pylist()}
-    return write_parquet(storage, folder, f"index/{pair.shard:05d}.000", index.to_batches(), {"images": len(index), **counts})
+    receipt = write_parquet(storage, folder, f"index/{pair.shard:05d}.000", index.to_batches(), {"images": len(index), **counts})
+    if receipt.file:
+        seen = (listing["image"], listing["size"], found["aspect"], found["brightness"], found["image_status"])
+        sketches = statistics.of_images(*(column.combine_chunks() for column in seen))
+        statistics.write(storage, statistics.unit_file(receipt.file), sketches)
+    return receipt

@@ -3,7 +3,7 @@
     adstocrat ingest 2026-10 --lake gs://bucket
     adstocrat ingest 2026-10 --lake gs://bucket -- --runner=DataflowRunner --project=P --region=R --temp_location=gs://bucket/tmp
 
-Writes `rows/<month>/<run>/` and `rejects/<month>/<run>/`.
+Writes `rows/<month>/<run>/`, `rejects/<month>/<run>/`, and statistics of each file of rows (beam_jobs/statistics.py).
 """
 
 import contextlib
@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from apache_beam import pvalue
 
-from beam_jobs import duplicates
+from beam_jobs import duplicates, statistics
 from beam_jobs.arrow import CommitStage, Repartition, ShardPair, Unit, pair_shards, read_table, shards_for
 from beam_jobs.config import Config
 from beam_jobs.run import MonthRun
@@ -96,7 +96,7 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun) -> None:
     )
     rows = read.rows | "ShardByImage" >> Repartition(run.storage, run.spill, shards, assign)
     dropped = later | "ShardDuplicates" >> Repartition(run.storage, run.spill, shards, duplicates.shard_of_row, unit_rows=None)
-    written = pair_shards(rows, dropped) | "WriteRows" >> beam.Map(write_rows, run.storage, folder).with_output_types(Receipt)
+    written = pair_shards(rows, dropped) | "WriteRows" >> beam.Map(write_rows, run).with_output_types(Receipt)
     info = {"shards": shards, "contract": run.contract.fingerprint}
     _ = (files, written) | beam.Flatten() | "CommitRows" >> CommitStage(run.storage, folder, "ingest", info)
 
@@ -201,17 +201,22 @@ def shard_of_rows(batch: pa.RecordBatch, image: str | None, shards: int) -> np.n
     return np.where(batch[image].is_null().to_numpy(zero_copy_only=False), by_key, shard_of_image(batch[image], shards))
 
 
-def write_rows(pair: ShardPair, storage: Storage, folder: str) -> Receipt:
-    """Write a unit's rows but for duplicates, in the order of a hash of their keys: the same whatever the bundles were, and shuffled."""
-    table = read_table(storage, pair.left)
-    dropped = read_table(storage, pair.right, duplicates.KEYED)["origin"].to_numpy()
+def write_rows(pair: ShardPair, run: MonthRun) -> Receipt:
+    """Write a unit's rows but for duplicates, in the order of a hash of their keys: the same whatever the bundles were, and shuffled.
+
+    Their statistics are written with them.
+    """
+    table = read_table(run.storage, pair.left)
+    dropped = read_table(run.storage, pair.right, duplicates.KEYED)["origin"].to_numpy()
     if len(dropped):
         table = table.filter(pa.array(~np.isin(table["origin"].to_numpy(), dropped)))
     table = table.drop_columns("origin").combine_chunks()
     keys = table["key"].combine_chunks()
     order = np.lexsort((np.arange(len(keys)), hash64_column(keys, salted("order"))))
     batches = table.take(pa.array(order)).to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
-    return write_parquet(storage, folder, f"shard/{pair.left[0].name}", batches, {"ingested": table.num_rows})
+    receipt = write_parquet(run.storage, run.stage("rows"), f"shard/{pair.left[0].name}", batches, {"ingested": table.num_rows})
+    statistics.write(run.storage, statistics.unit_file(receipt.file), statistics.of_rows(table, run.contract))
+    return receipt
 
 
 def estimated_rows(storage: Storage, files: tuple[Entry, ...]) -> int:

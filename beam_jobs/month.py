@@ -1,15 +1,17 @@
 """The month: all stages in order, each skipped when its output is complete, each telling one line."""
 
 import dataclasses
+import functools
 import logging
 import resource
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from beam_jobs import ledger
+from beam_jobs import drift, ledger
+from beam_jobs.notify import notify
 from beam_jobs.ready import check_rejects
-from beam_jobs.run import MonthRun
+from beam_jobs.run import HandedOverError, MonthRun
 from schemas import lake
 from schemas.lake import Manifest
 
@@ -35,11 +37,23 @@ class Stage:
 
 
 def run_month(run: MonthRun, flags: Flags) -> None:
-    """Run all stages, then show the ledger."""
+    """Run all stages, show alarms and the ledger, and tell the webhook how it ended."""
+    try:
+        _run_stages(run, flags)
+    except HandedOverError:
+        raise
+    except BaseException as error:
+        notify(run, error)
+        raise
+    notify(run, None)
+
+
+def _run_stages(run: MonthRun, flags: Flags) -> None:
     log.info("month %s, run %s, window %s", run.month, run.id, ", ".join(month for month, _ in run.window))
     for stage in STAGES:
         run_stage(stage, run, flags)
-    log.info("%s", ledger.show(run.storage.read_json(f"{run.folder}/ledger.json")))
+    lines = drift.headlines(run.storage, run.month, run.id)
+    log.info("%s", "\n".join([*lines, ledger.show(run.storage.read_json(f"{run.folder}/ledger.json"))]))
 
 
 def run_stage(stage: Stage, run: MonthRun, flags: Flags) -> None:
@@ -105,6 +119,38 @@ def _tell_creatives(run: MonthRun) -> tuple[str, int]:
     return f"{images:,} images, {fetched:,} new, {packs.count('decoded'):,} decoded, {faults:,} faults", fetched
 
 
+def _realised(run: MonthRun, flags: Flags) -> None:
+    from beam_jobs import realised
+
+    realised.execute(run, functools.partial(_pipeline, "realised", realised.define_pipeline, flags, run))
+
+
+def _realised_is_complete(run: MonthRun) -> bool:
+    told = _realised_quality(run)
+    return told is not None and told["action"] != "stop"
+
+
+def _realised_quality(run: MonthRun) -> Any:
+    return run.storage.read_json(f"{run.folder}/realised.json")
+
+
+def _tell_realised(run: MonthRun) -> tuple[str, int]:
+    told = _realised_quality(run)
+    judged = f"of {told['month']}, run {told['run']}, {told['matched_share']:.1%} of impressions matched: " if told["rows"] else ""
+    return f"{judged}{told['verdict']}", sum(row["impressions"] for row in told["rows"] if row["segment"] is None)
+
+
+def _drift(run: MonthRun, flags: Flags) -> None:
+    drift.execute(run)
+
+
+def _tell_drift(run: MonthRun) -> tuple[str, int]:
+    found = run.storage.read_json(f"{run.folder}/drift.json")
+    against = f"against {found['previous']}" if found["previous"] else "no month to compare with"
+    alarms = "".join(f"\n  ALARM {sentence}" for sentence in found["alarms"])
+    return f"{len(found['compared'])} comparisons, {against}: {len(found['alarms'])} alarms{alarms}", len(found["compared"])
+
+
 def _encoder(run: MonthRun, flags: Flags) -> None:
     from beam_jobs import train
 
@@ -161,11 +207,13 @@ def _tell_embed(run: MonthRun) -> tuple[str, int]:
 
 
 def _train(run: MonthRun, flags: Flags) -> None:
-    from beam_jobs import train
+    from beam_jobs import realised, train
 
     run.manifest(_encoder_folder(run), "encoder")
     run.manifest(_embeddings(run), "embed")
-    _pipeline("train", train.define_pipeline, flags, run, train.train_ranker)
+    drift.check(run)
+    realised.check(run)
+    _pipeline("train", train.define_pipeline, flags, realised.trained_as(run), train.train_ranker)
 
 
 def _evaluate(run: MonthRun, flags: Flags) -> None:
@@ -187,10 +235,11 @@ def _tell_evaluate(run: MonthRun) -> tuple[str, int]:
 
 
 def _score(run: MonthRun, flags: Flags) -> None:
-    from beam_jobs import evaluate, score
+    from beam_jobs import evaluate, score, shift
 
     evaluate.check_promoted(run)
     _pipeline("score", score.define_pipeline, flags, run, run.manifest(run.stage("evaluation"), "evaluate"))
+    shift.explain(run)
 
 
 def _tell_score(run: MonthRun) -> tuple[str, int]:
@@ -242,8 +291,10 @@ def _of(stage: str) -> Callable[[MonthRun], str]:
 STAGES = (
     Stage("ingest", _complete(_of("rows")), _ingest, _tell_ingest),
     Stage("creatives", _complete(_of("creatives")), _creatives, _tell_creatives),
+    Stage("realised", _realised_is_complete, _realised, _tell_realised),
     Stage("encoder", _complete(_encoder_folder), _encoder, _tell_model(_encoder_folder)),
     Stage("embed", _embed_is_complete, _embed, _tell_embed),
+    Stage("drift", drift.is_complete, _drift, _tell_drift),
     Stage("train", _complete(_ranker_folder), _train, _tell_model(_ranker_folder)),
     Stage("evaluate", _complete(_of("evaluation")), _evaluate, _tell_evaluate),
     Stage("score", _complete(_of("scores")), _score, _tell_score),

@@ -147,7 +147,7 @@ def show(run: MonthRun) -> str:
     for each in todo:
         hours = f"{each.gpu_hours:,.3f} GPU worker hours" if each.gpu_hours else f"{each.vcpu_hours:,.3f} vCPU hours"
         told[each.stage] = f"{each.units:,} {each.what}, {hours}, {each.cost(config):,.3f}"
-    lines += [f"  {stage.name:<10} {told.get(stage.name, 'the launcher alone, and BigQuery')}" for stage in STAGES]
+    lines += [f"  {stage.name:<10} {told.get(stage.name, 'little, which is not reckoned with')}" for stage in STAGES]
     vcpu, gpu, reads, writes = (sum(getattr(each, name) for each in todo) for name in ("vcpu_hours", "gpu_hours", "reads", "writes"))
     return "\n".join(
         (

@@ -84,6 +84,8 @@ def _make_current(run: MonthRun, back: bool = False, keep_model: bool = False) -
     counts = ledger.take(run)["counts"]
     evaluation, scores = run.manifest(run.stage("evaluation"), "evaluate"), run.manifest(run.stage("scores"), "score")
     current = Current(run.month, run.id)
+    if moved := run.storage.read_json(f"{run.folder}/shift.json"):
+        log.info("  publish: %s", moved["sentence"])
     if back:
         _move(run, lake.CURRENT, current)
     warehouse = Warehouse(run, counts["ingested"]) if run.config.dataset else None
@@ -98,7 +100,9 @@ def _make_current(run: MonthRun, back: bool = False, keep_model: bool = False) -
             "promoted": evaluation.info["promoted"],
             "why": evaluation.info["why"],
         }
-        files = {"scores": scores.files, "outcomes": outcomes.write(run).files, "quality": evaluation.files}
+        realised = lake.read_manifest(run.storage, run.stage("realised"))
+        judged = [*evaluation.files, *(realised.files if realised else [])]
+        files = {"scores": scores.files, "outcomes": outcomes.write(run).files, "quality": judged}
         warehouse.replace_month(files, row, _CHANGES if back else _CHANGES[:1] if run.config.accept_shift else ())
         warehouse.check()
         log.info("  publish: %s.scores has %s rows of %s", run.config.dataset, f"{counts['ingested']:,}", run.month)

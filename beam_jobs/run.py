@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_jobs.config import Config
+from beam_jobs.config import ALARMS, Config, ConfigError, suggestion
 from model import registry
 from schemas import contract as contracts
 from schemas import lake
@@ -37,11 +37,26 @@ LISTING = pa.schema([("image", pa.string()), ("size", pa.int64()), ("crc32c", pa
 
 
 class StageError(RuntimeError):
-    """A stage that cannot go on, in one sentence for the person who ran it."""
+    """A stage that cannot go on, in one sentence for the person who ran it; the command ends with `status`."""
+
+    status = 1
+
+
+class AlarmError(StageError):
+    """A month that an alarm stops: its data or its last model are not what they were."""
+
+    status = 4
 
 
 class HandedOverError(RuntimeError):
     """A job that was built for somebody else to start, so that nothing can follow it here; says what was built."""
+
+
+def stage_error(error: BaseException | None) -> StageError | None:
+    """The stage's own error behind what Beam made of it, if there is one."""
+    while error is not None and not isinstance(error, StageError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +157,9 @@ def derive(config: Config, month: str, contract: Contract | None = None) -> tupl
     contract = contract or contracts.load(config.contract or contracts.DEFAULT)
     if config.dataset:
         _check_names(contract)
+    stops = (*ALARMS, *(column.name for column in contract.kept))
+    for name in set(config.monitor_stop) - set(stops):
+        raise ConfigError(f"monitor_stop has {name!r}; expected kinds of alarm and columns: {', '.join(stops)}{suggestion(name, stops)}")
     delivered = [entry for entry in storage.entries(lake.raw_ads(month)) if _is_text(entry.name)]
     ads = tuple(entry for entry in delivered if entry.name.lower().endswith((".csv", ".csv.gz")))
     if odd := [entry.name for entry in delivered if entry not in ads]:

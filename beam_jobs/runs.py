@@ -12,7 +12,7 @@ from schemas.lake import Champion, Current
 from schemas.storage import Storage
 
 # The folders that belong to one run of one month, whole; under `creatives` and `embeddings` the packs are every later month's as well.
-OF_A_RUN = ("rows", "rejects", "evaluation", "scores", "outcomes", "lookup", "runs")
+OF_A_RUN = ("rows", "rejects", "evaluation", "scores", "outcomes", "lookup", "statistics", "realised", "runs")
 _SPILL_SECONDS = 24 * 3600
 
 
@@ -73,7 +73,10 @@ def show(storage: Storage, id: str) -> str:
         "published": run.published or None,
         "inputs": run.inputs,
         "evaluation": evaluation.info if evaluation else None,
-        "ledger": storage.read_json(f"{lake.run_folder(run.month, run.id)}/ledger.json"),
+        **{
+            name: storage.read_json(f"{lake.run_folder(run.month, run.id)}/{name}.json")
+            for name in ("ledger", "drift", "realised", "shift")
+        },
     }
     return json.dumps(parts, indent=1)
 

@@ -154,11 +154,11 @@ class Warehouse:
 
     def _transaction(self, staging: Mapping[str, Any], row: Mapping[str, str | int | bool]) -> str:
         """One text: a reader sees the month as it was before, or as it is after."""
-        statements = []
+        statements, month = [], f"DATE '{self._run.month}-01'"
         for name, about in tables.TABLES.items():
             table, columns = f"`{self._dataset}.{name}`", tables.names(name, self._run.contract)
             if about.replaced is not None:
-                statements.append(f"DELETE FROM {table} WHERE {self._month}{about.replaced}")
+                statements.append(f"DELETE FROM {table} WHERE {about.replaced.format(month=month)}")
             if name in staging:
                 statements.append(f"INSERT INTO {table} ({columns}) SELECT {columns} FROM `{staging[name]}`")
         told = {name: tables.literal(value) for name, value in row.items()}

@@ -107,6 +107,12 @@ def decode(data: bytes) -> tuple[np.ndarray, str]:
     return _decode(data, kind, _ORDINARY_PIXELS) or _decode_apart(data)
 
 
+def aspect(data: bytes) -> float:
+    """Width over height, as stored, of bytes that `decode` takes; from their header."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        return image.width / image.height
+
+
 def _decode(data: bytes, kind: str, most_pixels: int) -> tuple[np.ndarray, str] | None:
     """See `decode`; None where the picture has more than `most_pixels`, and yet not too many."""
     try:

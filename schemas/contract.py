@@ -17,6 +17,9 @@ It is a TensorFlow Metadata `Schema` in text form, so that other tools read it t
     ignore        read and dropped
 
 All other columns are features.
+
+How far a column may drift from month to month, and scored rows from those trained on, is in its `drift_comparator` and `skew_comparator`:
+`infinity_norm` for a categorical column (the biggest difference of a value's share), `jensen_shannon_divergence` for a number (in bits).
 """
 
 import dataclasses
@@ -75,6 +78,7 @@ class Column:
         minimum, maximum: inclusive bounds of numbers; None is unbounded.
         reference: the position that scores are given at; only used with the tag `position`.
         mature_days: days before the month's end; only used with the tag `mature_before`.
+        drift, skew: limits of its comparators; no part of what the column means.
     """
 
     name: str
@@ -85,6 +89,8 @@ class Column:
     maximum: float | None = None
     reference: float = 1.0
     mature_days: int = 0
+    drift: float | None = None
+    skew: float | None = None
 
     @property
     def arrow_type(self) -> "pa.DataType":
@@ -213,6 +219,7 @@ class Contract:
         """Digest of everything that columns mean; comments and layout of the file do not count."""
         plain = [{**dataclasses.asdict(column), "tags": sorted(column.tags)} for column in self.columns]
         for column in plain:
+            del column["drift"], column["skew"]
             # Contracts that do not use it mean what they meant before there was such a tag.
             if not column["mature_days"]:
                 del column["mature_days"]
@@ -265,6 +272,9 @@ def dumps(contract: Contract) -> str:
             feature.annotation.tag.append(f"mature_before:{column.mature_days}")
         if "position" in column.tags:
             feature.annotation.tag.append(f"reference:{column.reference!r}")
+        for comparator, limit in ((feature.drift_comparator, column.drift), (feature.skew_comparator, column.skew)):
+            if limit is not None:
+                getattr(comparator, _norm(column.categorical)).threshold = limit
     return text_format.MessageToString(schema)
 
 
@@ -285,7 +295,7 @@ def _column(feature: Any) -> Column:
     young = {tag for tag in tags if tag.startswith("mature_before")}
     if young and not (days := min(young).partition(":")[2]).isdigit():
         raise ContractError(f"contract column {feature.name!r} has the tag {min(young)!r}; expected mature_before:DAYS")
-    return Column(
+    made = Column(
         name=feature.name,
         kind=kind,
         tags=frozenset(tags - references - young | ({"mature_before"} if young else set())),
@@ -295,3 +305,22 @@ def _column(feature: Any) -> Column:
         reference=reference,
         mature_days=int(days) if young else 0,
     )
+    drift, skew = (_limit(feature, f"{name}_comparator", made.categorical) for name in ("drift", "skew"))
+    return dataclasses.replace(made, drift=drift, skew=skew)
+
+
+def _norm(categorical: bool) -> str:
+    return "infinity_norm" if categorical else "jensen_shannon_divergence"
+
+
+def _limit(feature: Any, name: str, categorical: bool) -> float | None:
+    """The limit of a column's comparator; None without one."""
+    comparator, norm = getattr(feature, name), _norm(categorical)
+    set_ = [field.name for field, _ in comparator.ListFields()]
+    if set_ and (set_ != [norm] or not 0 < getattr(comparator, norm).threshold <= 1):
+        what = "categorical" if categorical else "a number"
+        raise ContractError(
+            f"contract column {feature.name!r} is {what}, and its {name} is {str(comparator).strip()!r}; expected {norm} with a threshold "
+            "above 0 and up to 1"
+        )
+    return getattr(comparator, norm).threshold if set_ else None

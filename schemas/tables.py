@@ -28,21 +28,21 @@ class Table:
     Attributes:
         description: for people.
         clustering: columns that its rows lie in order of.
-        replaced: what restricts the rows of a month that a publication replaces; None where it only adds to them.
+        replaced: the rows that a publication of a `{month}` replaces; None where it only adds to them.
     """
 
     description: str
     clustering: tuple[str, ...]
-    replaced: str | None = ""
+    replaced: str | None = "month = {month}"
 
 
 TABLES = {
     "scores": Table("One row for each ad of each month's inventory, with the probability that an impression of it is clicked.", ("key",)),
     "outcomes": Table("What was delivered of each ad's impressions and clicks; ads without impressions are not here.", ("key",)),
     "quality": Table(
-        "How well models did, by month and segment: on gate rows before publishing.",
+        "How well models did, by month and segment: on gate rows before publishing, and by the outcomes of the month after.",
         ("kind", "model", "segment"),
-        " AND kind = 'evaluation'",
+        "(month = {month} AND kind = 'evaluation') OR (judged_month = {month} AND kind = 'realised')",
     ),
     "runs": Table("One row for each time that a run was made a month's, also by a rollback.", ("run_id",), None),
 }

@@ -1,6 +1,7 @@
 """What Prometheus is told: the workers' counts added up, and what is served."""
 
 import dataclasses
+import datetime
 from collections.abc import Iterable, Iterator, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
@@ -19,12 +20,14 @@ class Served(Collector):
         counters: of each worker.
         table: what is offered to the workers; None before the first.
         swaps, refused: how often the served run changed, and how often a run was refused.
+        differs: whether `adstocrat status` last found that the tables say otherwise than the lake.
     """
 
     counters: Sequence[Counters]
     table: Table | None = None
     swaps: int = 0
     refused: int = 0
+    differs: bool = False
 
     def collect(self) -> Iterable[Metric]:
         slots = [sum(each) for each in zip(*(counters.slots for counters in self.counters), strict=True)]
@@ -40,7 +43,10 @@ class Served(Collector):
         yield CounterMetricFamily(
             "adstocrat_refused_swaps", "Runs that were corrupt or incomplete and not served, by attempt.", self.refused
         )
+        yield GaugeMetricFamily("adstocrat_tables_differ", "1 where BigQuery was seen to have another run than the lake.", self.differs)
         if self.table:
+            began = datetime.datetime.fromisoformat(f"{self.table.month}-01T00:00:00+00:00").timestamp()
+            yield GaugeMetricFamily("adstocrat_month_timestamp_seconds", "When the served month began, in Unix time.", began)
             names = {"month": self.table.month, "run_id": self.table.run, "model_version": self.table.model_version}
             yield InfoMetricFamily("adstocrat_run", "What is served.", names)
             yield GaugeMetricFamily("adstocrat_rows", "Rows of the served run.", self.table.rows)

@@ -23,7 +23,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from schemas.lake import CURRENT, Current, read_pointer
+from schemas.lake import CURRENT, Current, differs, read_pointer
 from schemas.storage import Storage
 from serving.counters import BYTES, Counters
 from serving.metrics import Served
@@ -142,6 +142,7 @@ class Supervisor:
                 self._log(logging.WARNING, f"Nothing to serve yet: {self._storage.uri} has no {CURRENT}.")
                 self._wait("No lookup table is published yet; the first published month will be served without a restart.")
                 return
+            self.served.differs = self._storage.read_versioned(differs(current.month))[0] is not None
             if table is not None and (table.month, table.run) == (current.month, current.run):
                 self._failed = None
                 return

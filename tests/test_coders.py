@@ -10,7 +10,7 @@ from apache_beam.pipeline import AppliedPTransform, PipelineVisitor
 from apache_beam.runners.pipeline_context import PipelineContext
 from apache_beam.typehints import typehints
 
-from beam_jobs import creatives, embed, evaluate, ingest, lookup, score, train
+from beam_jobs import creatives, embed, evaluate, ingest, lookup, realised, score, train
 from beam_jobs.arrow import RecordBatchCoder, Section, ShardPair, Unit
 from beam_jobs.config import Config
 from beam_jobs.inference import Named
@@ -30,6 +30,7 @@ CARRY_BATCHES = {
     "ingest": {"ReadRows/ParDo(_ReadRows)", "Keys", "FindDuplicates"},
     "creatives pack": {"ReadListing", "ReadKnown"},
     "creatives index": {"ReadListing", "ReadKnown"},
+    "realised": {"ReadOutcomes", "ReadScores"},
     "embed pack": {"EmbedPacks/ReadThumbnails", "EmbedPacks/Embed/BeamML_RunInference"},
     "embed gather": {"ReadWanted", "ReadEmbeddings", "FindEmbeddings"},
     "evaluate": set[str](),
@@ -51,6 +52,10 @@ SHUFFLED = {
     "creatives index": {
         *("SpreadListing", "SpreadKnown", "ShardListing/GroupByShard", "ShardKnown/GroupByShard"),
         *("PairShards/CoGroupByKeyImpl", "SpreadPairs", "CommitIndex/GroupByUnit"),
+    },
+    "realised": {
+        *("SpreadOutcomes", "SpreadScores", "ShardOutcomes/GroupByShard", "ShardScores/GroupByShard"),
+        *("PairShards/CoGroupByKeyImpl", "SpreadPairs", "GroupSome"),
     },
     "embed pack": {"SpreadPacks", "CommitPacks/GroupByUnit"},
     "embed gather": {
@@ -88,6 +93,7 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, beam.Pipeli
         "ingest": (ingest.define_pipeline, run),
         "creatives pack": (creatives.define_pack_pipeline, run),
         "creatives index": (creatives.define_index_pipeline, run, SHARDS),
+        "realised": (realised.define_pipeline, run, run.month, run.id, frozenset()),
         "embed pack": (embed.define_pack_pipeline, run, encoder),
         "embed gather": (embed.define_gather_pipeline, run, encoder, run.month, run.id),
         "evaluate": (evaluate.define_pipeline, run),

@@ -72,6 +72,13 @@ def test_flags_alone_are_enough() -> None:
         ("lake: gs://bucket\ndataset: ads", "dataset is 'ads'; expected PROJECT.DATASET, such as my-project.ads"),
         ("lake: gs://bucket\ndataset: p.d.t", "dataset is 'p.d.t'; expected PROJECT.DATASET"),
         ("lake: gs://bucket\ndataset: 1.5", "dataset is 1.5; expected text"),
+        ("lake: ./a\nmonitor: {missing: 2}", "monitor_missing is 2; expected a number from 0 to 1"),
+        ("lake: ./a\nmonitor: {stop: missing}", "monitor_stop is 'missing'; expected a list of kinds of alarm and columns"),
+        (
+            "lake: ./a\nmonitor: {warn: 0.3}",
+            "monitor_warn, monitor_scratch and monitor_abort are [0.3, 0.25, 0.5]; expected numbers above 0",
+        ),
+        ("lake: ./a\nnotify: example.com", "notify is 'example.com'; expected a URL that begins with http:// or https://"),
         ("lake: ./a\nmin_gate_clicks: 0", "min_gate_clicks is 0; expected a whole number of at least 1"),
         ("lake: ./a\nmax_ne_loss: 5 %", "max_ne_loss is '5 %'; expected a number from 0 to 1, such as 0.005"),
         ("lake: ./a\nrequire_promotion: 1", "require_promotion is 1; expected true or false"),
@@ -110,6 +117,7 @@ def test_only_settings_that_change_what_is_computed_make_another_run() -> None:
     expected = {
         **{"window_months": 3, "seed": 0, "csv_newlines_in_values": True, "csv_encoding": "utf-8"},
         **{"encoder_refresh": "months 3", "train_mode": "auto", "train_negatives": 1.0, "max_ne_loss": 0.005, "min_gate_clicks": 1000},
+        "monitor_scratch": 0.25,
     }
     assert plain.affecting_model() == other.affecting_model() == expected
     assert Config("./a", seed=1).affecting_model() != plain.affecting_model()

@@ -9,6 +9,7 @@ from collections import Counter
 import pyarrow as pa
 import pytest
 from PIL import Image
+from webhook import webhook
 
 from beam_jobs.cli import main
 from beam_jobs.jobs import connect
@@ -97,15 +98,33 @@ def test_a_changed_contract_starts_from_scratch_and_is_published(tmp_path: pathl
 
 
 def test_a_month_with_nothing_to_learn_from_is_scored_with_the_champion(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Also: that its outcomes are missing is an alarm, which stops it where the settings say so, and a webhook is told."""
     storage = Folder(str(tmp_path / "lake"))
     columns = (KEY, IMAGE, DEVICE, CLICKED)
     deliver(storage, AUGUST)
     deliver(storage, SEPTEMBER, labelled=False)
     assert run(storage, tmp_path, SEPTEMBER, *columns, flags=("--window-months", "1")) == 1
     assert not storage.names("models/")
-    assert run(storage, tmp_path, AUGUST, *columns) == 0
+    assert run(storage, tmp_path, SEPTEMBER, *columns, flags=("--monitor-stop", "mising")) == 2
     # An encoder is due, too.
-    assert run(storage, tmp_path, SEPTEMBER, *columns, flags=("--window-months", "1", "--encoder-refresh", "months 1")) == 0
+    flags = ("--window-months", "1", "--encoder-refresh", "months 1")
+    with webhook() as (url, told):
+        assert run(storage, tmp_path, AUGUST, *columns, flags=("--notify", url)) == 0
+        assert run(storage, tmp_path, SEPTEMBER, *columns, flags=(*flags, "--notify", url, "--monitor-stop", "missing")) == 4
+        # So it stays, until somebody says otherwise.
+        assert run(storage, tmp_path, SEPTEMBER, *columns, flags=(*flags, "--monitor-stop", "missing")) == 4
+        current, _ = lake.read_pointer(storage, lake.CURRENT, Current)
+        assert current is not None and current.month == AUGUST and not storage.names(f"models/ranker/{SEPTEMBER}")
+    assert run(storage, tmp_path, SEPTEMBER, *columns, flags=(*flags, "--notify", url)) == 0
+    published, stopped = told
+    expected = {"event": "published", "month": AUGUST, "run": current.run, "lake": storage.uri, "status": 0, "why": None, "alarms": []}
+    assert published == expected
+    assert (stopped["event"], stopped["month"], stopped["status"]) == ("stopped", SEPTEMBER, 4)
+    assert stopped["alarms"][0].startswith("ALARM missing clicked: 100.0%") and "missing clicked: 100.0%" in stopped["why"]
+    # The alarms are the first lines of the summary; and nobody is there to be told of it.
+    assert f"{url} was not told how {SEPTEMBER} ended" in caplog.messages[-1]
+    summary = caplog.messages[-2].splitlines()
+    assert summary[: len(stopped["alarms"])] == stopped["alarms"] and summary[-1].strip() == "balanced"
     assert "champion kept: nothing could be learnt from 2026-09" in caplog.text
     assert {version[:7] for version in scores(storage)["model_version"].to_pylist()} == {AUGUST}
     champion, _ = lake.read_pointer(storage, lake.CHAMPION, Champion)
