@@ -40,6 +40,13 @@ class StageError(RuntimeError):
     """A stage that cannot go on, in one sentence for the person who ran it."""
 
 
+def stage_error(error: BaseException | None) -> StageError | None:
+    """A stage's own sentence, which a person needs, in what was raised: Beam wraps what a stage raises."""
+    while error is not None and not isinstance(error, StageError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 class HandedOverError(RuntimeError):
     """A job that was built for somebody else to start, so that nothing can follow it here; says what was built."""
 
