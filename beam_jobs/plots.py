@@ -3,6 +3,7 @@
 Each is a picture of its own to a screen reader, told by one sentence; its numbers stand beside it as a table.
 """
 
+import dataclasses
 import html
 import io
 import re
@@ -33,7 +34,7 @@ _STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
 }
 _INCHES = 5.0
-Interval = tuple[float, float | None, float | None]  # a value, and the ends of its interval
+Interval = tuple[float | None, float | None, float | None]  # a value, and the ends of its interval
 
 
 def reliability(bins: dict[str, list[list[float]]], told: str) -> str:
@@ -87,11 +88,9 @@ def intervals(name: str, labels: Sequence[str], series: dict[str, Sequence[Inter
         places = np.arange(len(labels))
         axes.axvline(at, color=_INK, linewidth=1, linestyle="--")
         for i, ((legend, values), colour, marker) in enumerate(zip(series.items(), (_A, _B), "os", strict=False)):
+            middle, error = _with_error(values)
             y = places + (0.16 if i else -0.16) * (len(series) > 1)
-            there = [(place, *value) for place, value in zip(y, values, strict=True) if value]
-            for place, value, low, high in there:
-                axes.plot([value if low is None else low, value if high is None else high], [place, place], color=colour, linewidth=1.5)
-            axes.plot([row[1] for row in there], [row[0] for row in there], marker, color=colour, markersize=5, label=legend)
+            axes.errorbar(middle, y, xerr=error, fmt=marker, color=colour, markersize=5, linewidth=1.5, label=legend)
         axes.set_yticks(places, [_short(text) for text in labels])
         axes.set_ylim(len(labels) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
@@ -109,9 +108,8 @@ def over_time(months: Sequence[str], values: Sequence[Interval], at: float, labe
     def draw(axes: Axes) -> None:
         places = np.arange(len(months))
         axes.axhline(at, color=_INK, linewidth=1, linestyle="--")
-        for place, (value, low, high) in zip(places, values, strict=True):
-            axes.plot([place, place], [value if low is None else low, value if high is None else high], color=_A, linewidth=1.5)
-        axes.plot(places, [value for value, _, _ in values], "o-", color=_A, markersize=5)
+        middle, error = _with_error(values)
+        axes.errorbar(places, middle, error, fmt="o-", color=_A, markersize=5, linewidth=1.5)
         step = -(-len(months) // 6)
         axes.set_xticks(places[::step], months[::step])
         axes.set(ylabel=label)
@@ -119,21 +117,49 @@ def over_time(months: Sequence[str], values: Sequence[Interval], at: float, labe
     return _svg(f"over-time-{label}", told, 2.4, draw)
 
 
-def small_multiples(pairs: Sequence[tuple[str, float, float, bool]], told: str) -> str:
-    """Last month and this one, a small chart for each of (title, last, this, whether it is an alarm)."""
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One small chart of a month against the last.
+
+    Attributes:
+        title: of what.
+        labels: of its bars; empty where `last` and `this` are quantiles, from that of 5 % to that of 95 %.
+        last, this: the months' values.
+        alarm: whether it is to be noticed.
+    """
+
+    title: str
+    labels: list[str]
+    last: list[float]
+    this: list[float]
+    alarm: bool
+
+
+def small_multiples(panels: Sequence[Panel], told: str) -> str:
+    """Last month and this one: bars by value, or a number's quantiles."""
+    lines = -(-len(panels) // 2)
 
     def draw(figure: Figure) -> None:
-        columns = 3
-        lines = -(-len(pairs) // columns)
-        for i, (title, last, this, alarm) in enumerate(pairs):
-            axes = figure.add_subplot(lines, columns, i + 1)
-            axes.bar([0, 1], [last, this], color=[_B, _A], width=0.6)
-            axes.set_xticks([0, 1], ["last", "this"])
-            axes.yaxis.set_major_locator(MaxNLocator(3))
-            axes.grid(axis="x", visible=False)
-            axes.set_title(f"{'! ' if alarm else ''}{_short(title, 20)}", fontsize=8, fontweight="bold" if alarm else "normal")
+        for i, panel in enumerate(panels):
+            axes = figure.add_subplot(lines, 2, i + 1)
+            for values, name, colour, shift in ((panel.last, "last", _B, -0.2), (panel.this, "this", _A, 0.2)):
+                places = np.arange(len(values))
+                if panel.labels:
+                    axes.barh(places + shift, values, 0.4, color=colour, label=name)
+                else:
+                    axes.plot(places / max(len(values) - 1, 1), values, color=colour, label=name)
+            if panel.labels:
+                axes.set_yticks(range(len(panel.labels)), [_short(label, 10) for label in panel.labels])
+                axes.invert_yaxis()
+            else:
+                axes.set_xticks([0, 0.5, 1], ["5 %", "median", "95 %"])
+            (axes.xaxis if panel.labels else axes.yaxis).set_major_locator(MaxNLocator(3))
+            axes.set_title(
+                f"{'! ' if panel.alarm else ''}{_short(panel.title)}", fontsize=9, fontweight="bold" if panel.alarm else "normal"
+            )
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
-    return _page_svg("small-multiples", told, 0.3 + 1.15 * -(-len(pairs) // 3), draw)
+    return _page_svg("small-multiples", told, 0.5 + 1.5 * lines, draw)
 
 
 def _svg(name: str, told: str, inches: float, draw: Callable[[Axes], None]) -> str:
@@ -159,6 +185,12 @@ def _page_svg(name: str, told: str, inches: float, draw: Callable[[Figure], None
     return text.replace(text[: text.index(">") + 1], f'<svg role="img" aria-label="{html.escape(told)}" {view[0]}>', 1)
 
 
+def _with_error(values: Sequence[Interval | None]) -> tuple[np.ndarray, np.ndarray]:
+    """The values, shape (n,), and how far their intervals reach to both sides, shape (2, n); NaN where there is none."""
+    middle, low, high = np.array([value or (None, None, None) for value in values], float).reshape(-1, 3).T
+    return middle, np.stack([middle - low, high - middle])
+
+
 def _logarithmic(axes: Axes, axis: matplotlib.axis.Axis) -> None:
     (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log")
     low, high = axis.get_view_interval()
@@ -174,4 +206,4 @@ def _percent(value: float, _: int = 0) -> str:
 
 def _short(text: str, most: int = 26) -> str:
     # Matplotlib takes what stands between dollars for mathematics.
-    return (text if len(text) <= most else text[: most - 1] + "…").replace("$", r"\$")
+    return (text if len(text) <= most else text[: most - 1] + "…").replace("$", r"\$").replace("\n", " ")

@@ -84,9 +84,9 @@ def write(run: MonthRun) -> Summary:
     status, sentence = verdict(run)
     page = collect(run, status, sentence)
     run.storage.write(f"{run.folder}/report.html", _rendered("report.html", page=page).encode())
-    run.storage.write(f"{run.folder}/report.json", json.dumps(dataclasses.asdict(page.summary), indent=1).encode())
+    run.storage.write(f"{run.folder}/report.json", json.dumps(dataclasses.asdict(page["summary"]), indent=1).encode())
     write_index(run.storage)
-    return page.summary
+    return page["summary"]
 
 
 def stopped(run: MonthRun, stage: str, error: StageError) -> Summary:

@@ -6,43 +6,27 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pyarrow.compute as pc
 from markupsafe import Markup
 
 from beam_jobs import ledger, plots, report_scores
 from beam_jobs import report_sections as sections
-from beam_jobs.report import REPLACED, Number, Summary
+from beam_jobs.report import PUBLISHED, REPLACED, STOPPED, UNFINISHED, Number, Summary, read
 from beam_jobs.report_scores import LOW_EVIDENCE, Month
 from beam_jobs.report_sections import TABLE_LINES, Cell, Chart, Table, number
-from beam_jobs.run import MonthRun
+from beam_jobs.run import MonthRun, StageError, kept
 from beam_jobs.runs import all_runs
+from model.evaluation import OVERALL
 from model.gate import CANDIDATE, CHAMPION
-from model.images import OK, OK_TRUNCATED, USABLE
+from model.images import OK, USABLE
 from schemas import lake
 from schemas.lake import Current, Manifest
 from schemas.parquet import read_columns
 from schemas.storage import Storage
 
+# Of each fault.
 _EXAMPLES = 6
-
-
-@dataclasses.dataclass(frozen=True)
-class Page:
-    """All that the template shows; a section is None where its stage has left nothing."""
-
-    summary: Summary
-    flow: list[dict]
-    gate: dict | None
-    scores: Chart | None
-    moved: dict | None
-    creatives: dict | None
-    evidence: Table | None
-    faults: dict | None
-    drift: dict | None
-    realised: dict | None
-    stages: dict | None
-    lineage: list[Table]
-    pictures: dict[str, str]
-    low_evidence: int = LOW_EVIDENCE
+INDEX = ["image", "creative", "image_status"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,37 +50,51 @@ class _Left:
         return cls(run, inputs, *(lake.read_manifest(run.storage, folder) for folder in folders))
 
 
-def collect(run: MonthRun, status: str, verdict: str) -> Page:
-    """The page of a run."""
-    left = _Left.of(run)
-    last = lake.publications(run.storage, lake.month_after(run.month, -1))
-    read = report_scores.read(run.storage, run.contract, last[-1].month, last[-1].run) if last else None
-    before = read[0] if read else None
-    read = report_scores.read(run.storage, run.contract, run.month, run.id, before)
-    scored, moved = read or (None, None)
-    galleries = report_scores.galleries(scored.creatives) if scored else None
+def collect(run: MonthRun, status: str, verdict: str) -> dict[str, Any]:
+    """All that the template of a run's page shows; a section is None where its stage has left nothing."""
+    left, before = _Left.of(run), _before(run)
+    scored, moved = report_scores.read(run, before) or (None, None)
+    galleries = report_scores.galleries(scored.creatives) if scored else {}
     faults, moves = _faults(left), sections.moved(moved, before) if moved and before else None
-    told = [Cell("", creative=row["creative"]) for rows in galleries.values() for row in rows] if galleries else []
     tables = [*(moves["tables"] if moves else []), *([faults["examples"]] if faults else [])]
-    wanted = {cell.creative for cell in (*told, *(cell for table in tables for row in table.rows for cell in row)) if cell.creative}
+    wanted = {cell.creative for table in tables for row in table.rows for cell in row if cell.creative}
+    wanted |= {row["creative"] for rows in galleries.values() for row in rows}
     drift, realised = (run.storage.read_json(f"{run.folder}/{name}.json") for name in ("drift", "realised"))
-    alarms = [*(realised["verdict"] for _ in [0] if realised and realised["action"] != "ok"), *(drift["alarms"] if drift else [])]
-    summary = Summary(run.month, run.id, status, verdict, alarms, _numbers(left, scored, before, realised))
-    return Page(
-        summary=summary,
-        flow=_flow(left),
-        gate=sections.gate(run.storage, left.evaluation) if left.evaluation else None,
-        scores=sections.distribution(scored, before) if scored else None,
-        moved=moves,
-        creatives={name: [sections.creative(row) for row in rows] for name, rows in galleries.items()} if galleries else None,
-        evidence=sections.evidence(scored) if scored else None,
-        faults=faults,
-        drift=sections.drift(drift) if drift else None,
-        realised=sections.realised(realised) if realised else None,
-        stages=_stages(left),
-        lineage=_lineage(left),
-        pictures=report_scores.thumbnails(run.storage, wanted),
-    )
+    alarms = [realised["verdict"]] if realised and realised["action"] != "ok" else []
+    alarms += drift["alarms"] if drift else []
+    return {
+        "summary": Summary(run.month, run.id, status, verdict, alarms, _numbers(left, scored, before, realised)),
+        "flow": _flow(left),
+        "gate": sections.gate(run.storage, left.evaluation) if left.evaluation else None,
+        "scores": sections.distribution(scored, before) if scored else None,
+        "moved": moves,
+        "creatives": {name: [sections.creative(row) for row in rows] for name, rows in galleries.items()} or None,
+        "evidence": sections.evidence(scored) if scored else None,
+        "low_evidence": LOW_EVIDENCE,
+        "faults": faults,
+        "drift": sections.drift(drift, *_statistics(run)) if drift else None,
+        "realised": sections.realised(realised) if realised else None,
+        "stages": _stages(left),
+        "lineage": _lineage(left),
+        "pictures": report_scores.thumbnails(run.storage, wanted),
+    }
+
+
+def _before(run: MonthRun) -> Month | None:
+    """The scores that the month before was last published with; None where there are none, or they were removed."""
+    noted = lake.publications(run.storage, lake.month_after(run.month, -1))
+    try:
+        found = report_scores.read(kept(run.config, noted[-1].month, noted[-1].run)) if noted else None
+    except StageError:
+        return None
+    return found and found[0]
+
+
+def _statistics(run: MonthRun) -> list[dict]:
+    """What is known of the columns, of the month before and of this one."""
+    noted = lake.publications(run.storage, lake.month_after(run.month, -1))
+    runs = [(noted[-1].month, noted[-1].run) if noted else ("", ""), (run.month, run.id)]
+    return [sections.statistics(run.storage, run.contract, *which) for which in runs]
 
 
 def _count(manifest: Manifest | None, name: str) -> int | None:
@@ -105,30 +103,23 @@ def _count(manifest: Manifest | None, name: str) -> int | None:
 
 def _numbers(left: _Left, scored: Month | None, before: Month | None, realised: Mapping[str, Any] | None) -> list[Number]:
     """The four that matter."""
-    read, rejected = (left.rows.count("read"), sum(left.rows.counts("rejected:").values())) if left.rows else (0, 0)
-    ads = Number(
-        "Ads scored", f"{scored.rows:,}" if scored else "–", f"{rejected:,} of {read:,} rows rejected" if left.rows else "no row read"
+    rejected = (
+        f"{sum(left.rows.counts('rejected:').values()):,} of {left.rows.count('read'):,} rows rejected" if left.rows else "no row read"
     )
     shift = f"{scored.mean / before.mean - 1:+.1%} against {before.month}" if scored and before else "no month before"
-    mean = Number("Mean p_click", f"{scored.mean:.3%}" if scored else "–", shift)
     info = left.evaluation.info if left.evaluation else {"metrics": {}}
     metrics = info["metrics"].get(CANDIDATE if info.get("promoted") else CHAMPION, {})
-    overall = next((row for row in info.get("compared", ()) if row["segment"] == "overall"), None)
-    against = f"candidate {overall['difference']:+.2%} against champion" if overall else "nothing to compare with"
-    entropy = metrics.get("normalized_entropy")
-    told = Number("Normalized entropy", f"{entropy:.4f}" if entropy else "–", f"{against}; less is better" if entropy else "not judged")
-    rows = [row for row in realised["rows"] if row["value"] is None] if realised else []
-    if realised and rows:
-        which, calibration = (
-            f"realised in {realised['month']}",
-            {f"calibration{end}": rows[0][f"calibration{end}"] for end in ("", "_low", "_high")},
-        )
-    else:
-        which, calibration = "on gate rows", {f"calibration{end}": metrics.get(f"calibration{end}") for end in ("", "_low", "_high")}
-    value = calibration["calibration"]
-    ends = [calibration[f"calibration{end}"] for end in ("_low", "_high")]
-    note = f"{which}; 95 %: {ends[0]:.3f} to {ends[1]:.3f}" if None not in ends else which
-    return [ads, mean, told, Number("Calibration", f"{value:.3f}" if value else "–", note if value else "not judged")]
+    overall = next((row for row in info.get("compared", ()) if row["segment"] == OVERALL), None)
+    against = f"candidate {overall['difference']:+.2%} against champion; less is better" if overall else "less is better"
+    judged, which = (sections.overall(realised), f"realised in {realised['month']}") if realised else (metrics, "on gate rows")
+    entropy, calibration = metrics.get("normalized_entropy"), judged.get("calibration")
+    ends = f"; 95 %: {judged['calibration_low']:.3f} to {judged['calibration_high']:.3f}" if judged.get("calibration_low") else ""
+    return [
+        Number("Ads scored", f"{scored.rows:,}" if scored else "–", rejected),
+        Number("Mean p_click", f"{scored.mean:.3%}" if scored else "–", shift),
+        Number("Normalized entropy", f"{entropy:.4f}" if entropy else "–", against if entropy else "not judged"),
+        Number("Calibration", f"{calibration:.3f}" if calibration else "–", which + ends if calibration else "not judged"),
+    ]
 
 
 def _flow(left: _Left) -> list[dict]:
@@ -144,30 +135,19 @@ def _flow(left: _Left) -> list[dict]:
         return {"name": name, "count": "not reached" if count is None else f"{count:,} rows", "share": share, "parts": parts}
 
     size, listed = sum(entry[1] for entry in left.inputs["ads"]), left.inputs["images"]["count"]
-    images = (
-        f"{listed:,} images"
-        if left.images is None or left.packs is None
-        else (f"{listed:,} images, {left.packs.count('fetched'):,} of them new, {left.packs.count('decoded'):,} decoded")
-    )
+    images = f"{listed:,} images"
+    images += f", {left.packs.count('fetched'):,} of them new, {left.packs.count('decoded'):,} decoded" if left.packs else ""
+    statuses = each(left.scores.counts("score_status:"), "with score_status") if left.scores else []
     noted = [note for note in lake.publications(run.storage, run.month) if note.run == run.id]
     steps = [
         step("Read", _count(rows, "read"), each(rows.counts("rejected:"), "rejected:") if rows else ()),
         step("Ingested", _count(rows, "ingested")),
-        step(
-            "Scored",
-            _count(left.scores, "scored"),
-            each(left.scores.counts("score_status:"), "with score_status") if left.scores else (),
-        ),
+        step("Scored", _count(left.scores, "scored"), statuses),
         step("In the lookup", left.lookup.rows if left.lookup else None),
         step("Published", noted[-1].rows if noted else None, [f"to {noted[-1].dataset}.scores"] if noted and noted[-1].dataset else ()),
     ]
-    delivered = {
-        "name": "Delivered",
-        "count": f"{len(left.inputs['ads']):,} files of {size / 1e6:,.1f} MB",
-        "share": None,
-        "parts": [images],
-    }
-    return [delivered, *steps]
+    files = f"{len(left.inputs['ads']):,} files of {size / 1e6:,.1f} MB"
+    return [{"name": "Delivered", "count": files, "share": None, "parts": [images]}, *steps]
 
 
 def _faults(left: _Left) -> dict | None:
@@ -183,14 +163,13 @@ def _faults(left: _Left) -> dict | None:
         ]
         for status in sorted({*images, *ads}, key=lambda status: (status != OK, -ads.get(status, 0)))
     ]
-    examples, kept = [], Counter[str]()
-    for file in left.images.files:
-        for batch in read_columns(left.run.storage, file, ["image", "creative", "image_status"]):
-            for image, creative, status in zip(*(batch[name].to_pylist() for name in ("image", "creative", "image_status")), strict=True):
-                if status != OK and kept[status] < _EXAMPLES:
-                    kept[status] += 1
-                    picture = creative if status == OK_TRUNCATED else None
-                    examples.append([Cell(image, creative=picture), Cell(status, alarm=status not in USABLE)])
+    examples, shown = [], Counter[str]()
+    for batch in (batch for file in left.images.files for batch in read_columns(left.run.storage, file, INDEX)):
+        for row in batch.filter(pc.not_equal(batch["image_status"], OK)).to_pylist():
+            shown[row["image_status"]] += 1
+            if shown[row["image_status"]] <= _EXAMPLES:
+                fault = Cell(row["image_status"], alarm=row["image_status"] not in USABLE)
+                examples.append([Cell(row["image"], creative=row["creative"]), fault])
     columns = ("image_status", "images", "ads")
     return {"counts": Table("Images and ads by status", columns, counts), "examples": Table("Examples", ("image", "fault"), examples)}
 
@@ -246,13 +225,10 @@ def _lineage(left: _Left) -> list[Table]:
     lines += [("window", id, month) for month, id in inputs["window"]]
     for name, pair in (("champion before", inputs["champion"]), ("champion half a year ago", inputs.get("earlier_champion"))):
         lines += [(name, version, kind) for kind, version in zip(("encoder", "ranker"), pair or (), strict=False)]
-    used = {kind: left.scores.info[kind] for kind in ("encoder", "ranker")} if left.scores else {}
-    for kind, version in used.items():
-        made = lake.read_manifest(run.storage, lake.model_folder(kind, version))
-        if made:
-            lines.append(
-                (f"{kind} that scored", made.info.get("digest", ""), f"{version}, {made.info.get('training', {}).get('mode', '')}")
-            )
+    for kind, version in ((kind, left.scores.info[kind]) for kind in ("encoder", "ranker")) if left.scores else ():
+        if made := lake.read_manifest(run.storage, lake.model_folder(kind, version)):
+            mode = made.info.get("training", {}).get("mode", "")
+            lines.append((f"{kind} that scored", made.info.get("digest", ""), f"{version}, {mode}"))
     settings = [[Cell(name), Cell(json.dumps(value))] for name, value in sorted(inputs["settings"].items())]
     files = [[Cell(name), number(size), Cell(crc32c)] for name, size, crc32c in inputs["ads"][:TABLE_LINES]]
     of_files = f"Files, {len(inputs['ads']):,}" + (f", of them the first {TABLE_LINES}" if len(inputs["ads"]) > TABLE_LINES else "")
@@ -265,8 +241,6 @@ def _lineage(left: _Left) -> list[Table]:
 
 def index(storage: Storage) -> dict:
     """All runs, the newest month first, and realised quality by month."""
-    from beam_jobs.report import read
-
     current, _ = lake.read_pointer(storage, lake.CURRENT, Current)
     lines: list[list[Cell]] = []
     judged: dict[str, dict] = {}
@@ -274,33 +248,29 @@ def index(storage: Storage) -> dict:
         summary, folder = read(storage, run.month, run.id), lake.run_folder(run.month, run.id)
         realised = storage.read_json(f"{folder}/realised.json")
         if realised and (realised["month"] not in judged):
-            overall = next((row for row in realised["rows"] if row["value"] is None), None)
-            judged |= {realised["month"]: overall} if overall else {}
-        is_current = current == Current(run.month, run.id)
-        there = lake.publications(storage, run.month)
+            judged[realised["month"]] = sections.overall(realised)
         # What was published when its page was made may have been replaced since.
-        replaced = run.published and there[-1].run != run.id
-        status = REPLACED if replaced else summary.status if summary else "unfinished"
+        replaced = run.published and lake.publications(storage, run.month)[-1].run != run.id
+        status = REPLACED if replaced else summary.status if summary else UNFINISHED
         lines.append(
             [
                 Cell(run.month, link=f"{run.month}/{run.id}/report.html" if summary else ""),
                 Cell(run.id),
-                Cell("current" if is_current else status, alarm=status == "stopped"),
+                Cell("current" if current == Current(run.month, run.id) else status, alarm=status == STOPPED),
                 Cell(run.inputs["created"][:16]),
                 Cell(run.published[:16]),
-                *(Cell(number.value) for number in (summary.numbers if summary else [])),
-                *([Cell("")] * (0 if summary else 4)),
+                *([Cell(number.value) for number in summary.numbers] if summary else [Cell("")] * 4),
                 number(len(summary.alarms) if summary else None, alarm=bool(summary and summary.alarms)),
             ]
         )
     names = ("month", "run", "status", "began", "published", "ads", "mean p_click", "normalized entropy", "calibration", "alarms")
     charts, months = [], sorted(judged)
-    for name, at, label in (("calibration", 1.0, "calibration"), ("ne", 1.0, "normalized entropy")) if judged else ():
-        values = [tuple(judged[month][f"{name}{end}"] for end in ("", "_low", "_high")) for month in months]
+    for name, label in (("calibration", "calibration"), ("ne", "normalized entropy")) if judged else ():
+        values = [sections.ends(judged[month], name) for month in months]
         told = f"Realised {label} by month, with 95 % intervals: what was published, judged by the outcomes that came a month later."
         cells = [[Cell(month), sections.interval(judged[month], name, ".4f")] for month in months]
         charts.append(
-            Chart(Markup(plots.over_time(months, values, at, label, told)), told, Table(f"Realised {label}", ("month", label), cells))
+            Chart(Markup(plots.over_time(months, values, 1.0, label, told)), told, Table(f"Realised {label}", ("month", label), cells))
         )
     told = f"Current is {current.month}, run {current.run}." if current else "Nothing is published yet."
-    return {"told": told, "status": "published" if current else "unfinished", "runs": Table("All runs", names, lines), "charts": charts}
+    return {"told": told, "status": PUBLISHED if current else UNFINISHED, "runs": Table("All runs", names, lines), "charts": charts}

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from beam_jobs.run import StageError
+from beam_jobs.run import MonthRun, StageError
 from model import images
 from schemas import lake
 from schemas.contract import Contract
@@ -39,7 +39,7 @@ class Month:
     """One run's scores.
 
     Attributes:
-        month, run: which.
+        month: which.
         rows, mean: how many, and their mean probability.
         histogram: rows by probability, int64, in the bins of `EDGES`.
         evidence: rows and summed probability by what is known of the key, and in the last column the rows whose creative was never shown
@@ -51,7 +51,6 @@ class Month:
     """
 
     month: str
-    run: str
     rows: int
     mean: float
     histogram: np.ndarray
@@ -88,19 +87,19 @@ def grouping(contract: Contract) -> list[str]:
     return (tagged or plain)[:_GROUPS]
 
 
-def read(storage: Storage, contract: Contract, month: str, run: str, before: Month | None = None) -> tuple[Month, Moved | None] | None:
+def read(run: MonthRun, before: Month | None = None) -> tuple[Month, Moved | None] | None:
     """A run's scores, against those of the month before; None where they are not there, whole."""
-    scores, rows = (lake.read_manifest(storage, lake.stage_folder(stage, month, run)) for stage in ("scores", "rows"))
+    scores, rows = (lake.read_manifest(run.storage, run.stage(stage)) for stage in ("scores", "rows"))
     if not scores or not scores.rows:
         return None
-    columns = grouping(contract)
+    columns = grouping(run.contract)
     # The same share in both months, and by the larger: what is held of one is looked for in the other.
     step = max(before.step if before else 1, -(-scores.rows // _KEYS_HELD))
     total, histogram, evidence = 0.0, np.zeros(len(EDGES) - 1, np.int64), np.zeros((3, 3))
     creatives, held, moved = [], [], []
     groups: dict[str, list[pa.Table]] = {name: [] for name in columns}
     both = compared = 0
-    for batch, of_groups in _batches(storage, scores, rows, columns):
+    for batch, of_groups in _batches(run.storage, scores, rows, columns):
         p, known = batch["p_click"].to_numpy(), batch["evidence_key"].to_numpy()
         total += float(p.sum())
         histogram += np.histogram(p.clip(EDGES[0], EDGES[-1]), EDGES)[0]
@@ -124,8 +123,7 @@ def read(storage: Storage, contract: Contract, month: str, run: str, before: Mon
     hashes, probabilities = (np.concatenate(arrays) for arrays in zip(*held, strict=True))
     order = np.argsort(hashes)
     found = Month(
-        month,
-        run,
+        run.month,
         scores.rows,
         total / scores.rows,
         histogram,

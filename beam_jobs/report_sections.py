@@ -9,12 +9,14 @@ from markupsafe import Markup
 from beam_jobs import plots
 from beam_jobs.report_scores import EDGES, EVIDENCE, Month, Moved
 from model.gate import CANDIDATE, CHAMPION
+from schemas import lake
+from schemas.contract import Contract
 from schemas.lake import Manifest
 from schemas.parquet import read_parquet
 from schemas.storage import Storage
 
 # Lines of a chart that can still be read, and of a table that a page can hold.
-_CHART_LINES, TABLE_LINES, _MULTIPLES = 24, 200, 12
+_CHART_LINES, TABLE_LINES, _MULTIPLES, _BARS = 24, 200, 12, 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +60,20 @@ def number(value: float | None, form: str = ",.0f", **more: Any) -> Cell:
     return Cell("–" if value is None else format(value, form), value, **more)
 
 
-def interval(values: Mapping[str, Any], name: str, form: str) -> Cell:
+def ends(values: Mapping[str, Any], name: str) -> plots.Interval:
     """A value with the ends of its interval."""
-    value, low, high = (values[name + end] for end in ("", "_low", "_high"))
-    ends = "" if low is None or high is None else f" ({low:{form}} to {high:{form}})"
-    return Cell("–" if value is None else f"{value:{form}}{ends}", value)
+    return values[name], values[f"{name}_low"], values[f"{name}_high"]
+
+
+def overall(realised: Mapping[str, Any]) -> dict[str, Any]:
+    """Of realised quality the row of all impressions."""
+    return next(row for row in realised["rows"] if row["value"] is None)
+
+
+def interval(values: Mapping[str, Any], name: str, form: str) -> Cell:
+    value, low, high = ends(values, name)
+    told = "" if low is None or high is None else f" ({low:{form}} to {high:{form}})"
+    return Cell("–" if value is None else f"{value:{form}}{told}", value)
 
 
 def named(segment: str | None, value: str | None) -> str:
@@ -98,7 +109,7 @@ def gate(storage: Storage, evaluation: Manifest) -> dict:
         )
         charts.append(Chart(Markup(plots.intervals("gate", names, {"candidate": values}, 0, "difference in %", told)), told, None))
     elif shown:
-        found = [tuple(judged[CANDIDATE, *key][f"normalized_entropy{end}"] for end in ("", "_low", "_high")) for key in shown]
+        found = [ends(judged[CANDIDATE, *key], "normalized_entropy") for key in shown]
         told = "Normalized entropy of the candidate by segment, with 95 % intervals; below 1 it is better than the mean click rate."
         values = [value if value[0] is not None else None for value in found]
         charts.append(Chart(Markup(plots.intervals("gate", names, {"candidate": values}, 1, "normalized entropy", told)), told, None))
@@ -134,9 +145,9 @@ def moved(moved: Moved, before: Month) -> dict:
     told += f"; of one key in {before.step}." if before.step > 1 else "."
 
     def change(row: Mapping[str, Any], now: str) -> list[Cell]:
-        return [number(row["before"], ".3%"), number(row[now], ".3%"), number(row[now] - row["before"], "+.3%")]
+        return [number(row["before"], ".2%"), number(row[now], ".2%"), number(row[now] - row["before"], "+.2%")]
 
-    columns = ("ad", before.month, "now", "change", "impressions trained on")
+    columns = ("ad", before.month, "now", "change", "trained on")
     keys = [
         Table(
             name,
@@ -173,8 +184,51 @@ def evidence(scored: Month) -> Table:
     )
 
 
-def drift(drift: Mapping[str, Any]) -> dict:
-    """What was compared with the month before, alarms first."""
+def statistics(storage: Storage, contract: Contract, month: str, run: str) -> dict[tuple[str, str | None], Any]:
+    """A run's `FeatureNameStatistics` by column, and those of its images by that column and the property; nothing where there are none."""
+    from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatisticsList
+
+    try:
+        told = DatasetFeatureStatisticsList.FromString(storage.read(f"{lake.stage_folder('statistics', month, run)}/statistics.pb"))
+    except FileNotFoundError:
+        return {}
+    of = {data.name: {each.name: each for each in data.features} for data in told.datasets}
+    images = {(contract.image.name, name): found for name, found in of.get("images", {}).items()} if contract.image else {}
+    return {**{(name, None): found for name, found in of.get("rows", {}).items()}, **images}
+
+
+def panels(compared: Sequence[Mapping[str, Any]], last: Mapping, this: Mapping) -> list[plots.Panel]:
+    """A small chart of each column that was compared, once: from the months' statistics, or else of what the comparison tells."""
+    found: dict[tuple, plots.Panel] = {}
+    for row in compared:
+        told, alarm = str(row["value"] or row["kind"]), row["alarm"]
+        keys = [key for key in ((row["column"], row["value"]), (row["column"], None)) if key in last and key in this]
+        key = keys[0] if keys else (row["column"], told)
+        if key in found or len(found) == _MULTIPLES:
+            continue
+        both, title = [month[key] for month in (last, this) if key in month], " ".join(filter(None, key))
+        if both and all(each.num_stats.histograms for each in both):
+            # The last histogram is that of quantiles; its ends may be far out.
+            a, b = ([bucket.low_value for bucket in each.num_stats.histograms[-1].buckets][1:] for each in both)
+            found[key] = plots.Panel(title, [], a, b, alarm)
+        elif both and all(each.string_stats.top_values for each in both):
+            old, new = (_shares(each.string_stats) for each in both)
+            # What was told of stands first.
+            labels = sorted({*old, *new}, key=lambda label: (label != told, -max(old.get(label, 0.0), new.get(label, 0.0))))[:_BARS]
+            a, b = ([shares.get(label, 0.0) for label in labels] for shares in (old, new))
+            found[key] = plots.Panel(title, labels, a, b, alarm)
+        else:
+            found[key] = plots.Panel(row["column"], [told], [row["last"]], [row["this"]], alarm)
+    return list(found.values())
+
+
+def _shares(strings: Any) -> dict[str, float]:
+    known = max(strings.common_stats.num_non_missing, 1)
+    return {top.value: top.frequency / known for top in strings.top_values}
+
+
+def drift(drift: Mapping[str, Any], last: Mapping, this: Mapping) -> dict:
+    """What was compared with the month before, alarms first; with both months' statistics where they are there."""
     rows = sorted(drift["compared"], key=lambda row: (not row["alarm"], -row["distance"] / (row["threshold"] or 1)))
     cells = [
         [
@@ -187,9 +241,18 @@ def drift(drift: Mapping[str, Any]) -> dict:
         for row in rows[:TABLE_LINES]
     ]
     columns = ("column", "what", "value", drift["previous"] or "last", "this", "distance", "threshold", "alarm")
-    pairs = [(f"{row['column']} {row['value'] or row['kind']}", row["last"], row["this"], row["alarm"]) for row in rows[:_MULTIPLES]]
-    told = "Last month and this one, of what moved most against its threshold; an alarm has an exclamation mark."
-    chart = Chart(Markup(plots.small_multiples(pairs, told)), told, None) if pairs else None
+    drawn = panels(rows, last, this)
+    lines = [
+        [Cell(each.title), Cell(label or f"{(i + 1) / (len(each.last) + 1):.0%} are below"), number(a, ",.4g"), number(b, ",.4g")]
+        for each in drawn
+        for i, (label, a, b) in enumerate(zip(each.labels or [""] * len(each.last), each.last, each.this, strict=True))
+    ]
+    told = (
+        "Last month and this one, what moved most against its threshold first: shares of the commonest values, and quantiles of numbers. "
+    )
+    told += "An alarm has an exclamation mark."
+    numbers = Table("Both months", ("of", "value", "last", "this"), lines)
+    chart = Chart(Markup(plots.small_multiples(drawn, told)), told, numbers) if drawn else None
     return {"chart": chart, "table": Table("Compared with the month before", columns, cells)}
 
 
@@ -208,7 +271,7 @@ def realised(realised: Mapping[str, Any]) -> dict:
     told = f"{realised['month']}, as run {realised['run']} published it, by what then happened: {realised['verdict']}"
     told += f" {realised['matched_share']:.1%} of its ads have outcomes."
     shown = realised["rows"][:_CHART_LINES]
-    values = [tuple(row[f"calibration{end}"] for end in ("", "_low", "_high")) for row in shown]
+    values = [ends(row, "calibration") for row in shown]
     text = "Calibration, predicted over actual clicks, by segment, with 95 % intervals; at 1 they agree."
     names = [named(row["segment"], row["value"]) for row in shown]
     svg = plots.intervals("realised", names, {"realised": values}, 1, "calibration", text) if shown else ""

@@ -59,6 +59,8 @@ def run(command: list[str], folder: pathlib.Path) -> None:
 def started(folder: pathlib.Path) -> Iterator[Browser]:
     environment = {**os.environ, "LD_LIBRARY_PATH": str(folder / "lib"), "FONTCONFIG_FILE": str(folder / "fonts.conf")}
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=folder / "chromium", args=["--no-sandbox"], env={**environment})
+        browser = playwright.chromium.launch(
+            executable_path=folder / "chromium", args=["--no-sandbox", "--disable-gpu"], env={**environment}
+        )
         yield browser
         browser.close()

@@ -77,7 +77,7 @@ def test_the_pages_in_a_browser(
 ) -> None:
     path = path_of(world, report.INDEX if which == "index" else f"{runs[1].folder}/report.html")
     page, wrong = opened(chromium, path, width, scheme)
-    page.screenshot(path=tmp_path / f"{which}-{width}-{scheme}.png", full_page=True)
+    page.screenshot(path=tmp_path / f"{which}-{width}-{scheme}.png", full_page=LONG)
     # By the debugger, as the page itself lets no other script run.
     found = page.evaluate((browsers.install() / "axe.min.js").read_text() + "; axe.run()")
     assert len(found["passes"]) > 15
@@ -99,8 +99,12 @@ def test_text_from_rows_is_shown_as_text(world: World, runs: tuple[MonthRun, Mon
     for where in ("header", "#gate", "#moved", "#creatives", "#faults", "#drift", "#realised", "#lineage"):
         shown = page.locator(where).inner_text()
         assert HOSTILE.replace("/", "" if where == "#lineage" else "/")[:60] in shown, where
-    # In charts too, cut where they are long.
-    assert HOSTILE[:8] in "".join(page.locator("#drift svg text").all_text_contents())
+    # In charts too, cut where they are long; from the statistics of both months, where there are such.
+    drawn = page.locator("#drift svg text").all_text_contents()
+    assert f"{HOSTILE[:9]}…" in drawn and "adv1" in drawn and "! advertiser" in drawn and "median" in drawn
+    page.locator("#drift details summary").click()
+    numbers = [row.split() for row in page.locator("#drift details tr").all_inner_texts()]
+    assert ["advertiser", "adv1", "0.3", "0.3"] in numbers and ["c1", "50%", "are", "below", "10", "10"] in numbers
     page.context.close()
 
 
@@ -143,9 +147,9 @@ def test_what_changed_comes_first(world: World, runs: tuple[MonthRun, MonthRun],
 
 def test_the_numbers_are_what_plain_code_computes(world: World, runs: tuple[MonthRun, MonthRun]) -> None:
     last, this = world.columns(LAST), world.columns(THIS)
-    before = report_scores.read(world.storage, runs[0].contract, LAST, runs[0].id)
+    before = report_scores.read(runs[0])
     assert before
-    found = report_scores.read(world.storage, runs[1].contract, THIS, runs[1].id, before[0])
+    found = report_scores.read(runs[1], before[0])
     assert found
     month, moved = found
     assert moved and (month.rows, moved.both, moved.new, moved.gone) == (ROWS, ROWS * 9 // 10, ROWS // 10, ROWS // 10)
@@ -176,9 +180,9 @@ def test_of_a_large_month_a_share_of_the_keys_is_compared(
     world: World, runs: tuple[MonthRun, MonthRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(report_scores, "_KEYS_HELD", ROWS // 4)
-    before = report_scores.read(world.storage, runs[0].contract, LAST, runs[0].id)
+    before = report_scores.read(runs[0])
     assert before and before[0].step == 4 and ROWS / 8 < len(before[0].hashes) < ROWS / 2
-    found = report_scores.read(world.storage, runs[1].contract, THIS, runs[1].id, before[0])
+    found = report_scores.read(runs[1], before[0])
     assert found and found[1]
     assert found[1].both + found[1].gone == len(before[0].hashes) and found[1].both > 5 * found[1].new
     assert found[0].histogram.sum() == ROWS
