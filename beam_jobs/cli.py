@@ -2,14 +2,14 @@
 
 import argparse
 import dataclasses
-import json
 import logging
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from beam_jobs import terminal
 from beam_jobs.config import Config, ConfigError, load, suggestion
 from beam_jobs.flags import Parser, add_setting, add_settings
 from schemas.lake import check_month
@@ -45,15 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.choices[parsed.command].error(f"takes nothing behind --, but was given {behind[0]!r}")
     progress = sys.stderr if getattr(parsed, "json", False) else sys.stdout
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=progress)
-    logging.getLogger().handlers[0].addFilter(_worth_showing)
+    logging.getLogger().handlers[0].addFilter(terminal.worth_showing)
     for name in ("adstocrat", "serving"):
         logging.getLogger(name).setLevel(logging.INFO)
     try:
         return parsed.run(parsed, behind) or 0
     except KeyboardInterrupt:
-        return _fail(InterruptedError("interrupted; the same command goes on where it stopped"), 130)
+        return terminal.fail(InterruptedError("interrupted; the same command goes on where it stopped"), 130)
     except (ValueError, OSError) as error:
-        return _fail(error, 2)
+        return terminal.fail(error, 2)
     except RuntimeError as error:
         from beam_jobs.ready import NotReadyError
         from beam_jobs.run import HandedOverError, stage_error
@@ -62,32 +62,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(error)
             return 0
         if parsed.run is _local_cloud:
-            return _fail(error, 1)
+            return terminal.fail(error, 1)
         if isinstance(error, NotReadyError):
-            return _fail(error, os.EX_TEMPFAIL)
+            return terminal.fail(error, os.EX_TEMPFAIL)
 
         cause = stage_error(error)
         if cause is None:
             raise
-        return _fail(cause, 1)
+        return terminal.fail(cause, 1)
     except Exception as error:
         # What Google's clients raise is a sentence; importing them to name it would cost every command a second.
         if type(error).__module__.partition(".")[0] != "google":
             raise
-        return _fail(error, 1)
-
-
-def _worth_showing(record: logging.LogRecord) -> bool:
-    """Not what Beam says of a package that only its model manager needs, nor its traceback of an error that is told in a sentence."""
-    error = record.exc_info and record.exc_info[0]
-    ours = error and (issubclass(error, OSError) or error.__module__.partition(".")[0] in ("beam_jobs", "schemas", "model"))
-    return not ours and "Resource module is not available" not in str(record.msg)
-
-
-def _fail(error: BaseException, status: int) -> int:
-    # Beam adds the step that it was running, which says nothing to a person.
-    print(f"adstocrat: {str(error).partition(' [while running')[0]}", file=sys.stderr)
-    return status
+        return terminal.fail(error, 1)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -214,7 +201,7 @@ def _month(arguments: argparse.Namespace, flags: list[str]) -> None:
     if arguments.plan:
         from beam_jobs import plan
 
-        _tell(arguments, plan.numbers(run), plan.show)
+        terminal.tell(arguments, plan.numbers(run), plan.show)
         return
     from beam_jobs import report
     from beam_jobs.month import run_month
@@ -224,9 +211,9 @@ def _month(arguments: argparse.Namespace, flags: list[str]) -> None:
         summary = run_month(run, flags)
     except RuntimeError as error:
         if arguments.json and stage_error(error) and (stopped := report.read(run.storage, run.month, run.id)):
-            _tell_run(arguments, run, stopped)
+            terminal.tell_run(arguments, run, stopped)
         raise
-    _tell_run(arguments, run, summary)
+    terminal.tell_run(arguments, run, summary)
 
 
 def _stage(arguments: argparse.Namespace, flags: list[str]) -> None:
@@ -257,7 +244,7 @@ def _status(arguments: argparse.Namespace, _: list[str]) -> int:
     from beam_jobs.status import lines, status
 
     told = status(_config(arguments), arguments.url)
-    _tell(arguments, told, lines)
+    terminal.tell(arguments, told, lines)
     return 0 if told["agree"] else 3
 
 
@@ -292,34 +279,22 @@ def _report(arguments: argparse.Namespace, _: list[str]) -> None:
     from beam_jobs import report
 
     run = report.of_run(_config(arguments), arguments.id)
-    _tell_run(arguments, run, report.write(run))
+    terminal.tell_run(arguments, run, report.write(run))
     if arguments.open:
+        import tempfile
         import webbrowser
 
-        with run.storage.local(f"{run.folder}/report.html") as path:
-            webbrowser.open(path.as_uri())
-
-
-def _tell_run(arguments: argparse.Namespace, run: Any, summary: Any) -> None:
-    from beam_jobs import report
-
-    url = run.storage.url(f"{run.folder}/report.html")
-    if arguments.json:
-        print(json.dumps({**dataclasses.asdict(summary), "report": url}, indent=1))
-    else:
-        report.show(summary, url)
-
-
-def _tell(arguments: argparse.Namespace, told: Any, as_text: Callable[[Any], str]) -> None:
-    """Print what a command reports, as text or as JSON."""
-    print(json.dumps(told, indent=1) if arguments.json else as_text(told))
+        # A copy, as what `local` fetches from a bucket is gone before a browser has read it.
+        path = pathlib.Path(tempfile.mkdtemp(prefix="adstocrat-")) / "report.html"
+        path.write_bytes(run.storage.read(f"{run.folder}/report.html"))
+        webbrowser.open(path.as_uri())
 
 
 def _runs(arguments: argparse.Namespace, _: list[str]) -> None:
     from beam_jobs.runs import listed, table
     from schemas.storage import open_storage
 
-    _tell(arguments, listed(open_storage(arguments.lake)), table)
+    terminal.tell(arguments, listed(open_storage(arguments.lake)), table)
 
 
 def _show(arguments: argparse.Namespace, _: list[str]) -> None:
@@ -343,14 +318,14 @@ def _gc(arguments: argparse.Namespace, _: list[str]) -> None:
     if not arguments.dry_run:
         write_index(storage)
     did = f"{len(urls):,} objects {'would be' if arguments.dry_run else 'were'} removed"
-    _tell(arguments, {"objects": urls, "dry_run": arguments.dry_run}, lambda told: "\n".join([*told["objects"], did]))
+    terminal.tell(arguments, {"objects": urls, "dry_run": arguments.dry_run}, lambda told: "\n".join([*told["objects"], did]))
 
 
 def _models(arguments: argparse.Namespace, _: list[str]) -> None:
     from beam_jobs.models import listed, table
     from schemas.storage import open_storage
 
-    _tell(arguments, listed(open_storage(arguments.lake)), table)
+    terminal.tell(arguments, listed(open_storage(arguments.lake)), table)
 
 
 def _promote(arguments: argparse.Namespace, _: list[str]) -> None:
@@ -365,7 +340,7 @@ def _compare(arguments: argparse.Namespace, _: list[str]) -> None:
     from beam_jobs.models import compare, side_by_side
     from schemas.storage import open_storage
 
-    _tell(arguments, compare(open_storage(arguments.lake), *arguments.versions), side_by_side)
+    terminal.tell(arguments, compare(open_storage(arguments.lake), *arguments.versions), side_by_side)
 
 
 def _local_cloud(arguments: argparse.Namespace, command: list[str]) -> int:

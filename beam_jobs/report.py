@@ -146,18 +146,3 @@ def _rendered(template: str, **values: Any) -> str:
     script = (_TEMPLATES / "sort.js").read_text()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template(template).render(script=Markup(script), script_digest=f"sha256-{digest}", **values)
-
-
-def show(summary: Summary, url: str) -> None:
-    """The summary on the terminal: what changed first, in colours where there are such."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(soft_wrap=True, highlight=False)
-    style = {PUBLISHED: "bold green", KEPT: "bold yellow", REPLACED: "yellow"}.get(summary.status, "bold red")
-    console.print(Text(summary.verdict, style))
-    for alarm in summary.alarms:
-        console.print(Text(f"  ! {alarm}", "red"))
-    for number in summary.numbers:
-        console.print(Text.assemble(f"  {number.label:<20} ", (f"{number.value:>12}", "bold"), f"  {number.note}"))
-    console.print(Text(f"  {url}", "dim"))

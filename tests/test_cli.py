@@ -130,7 +130,7 @@ def test_flags_win_over_the_file_and_what_follows_the_dashes_is_beam_s(monkeypat
     launched: list[list[str]] = []
     monkeypatch.setattr("beam_jobs.run.prepare", lambda config, month: prepared.append(config))
     monkeypatch.setattr("beam_jobs.month.run_month", lambda run, flags: launched.append(flags))
-    monkeypatch.setattr(cli, "_tell_run", lambda *_: None)
+    monkeypatch.setattr("beam_jobs.terminal.tell_run", lambda *_: None)
     flags = ["--config", str(tmp_path / "month.yaml"), "--seed", "4", "--window-months=2"]
     assert run(*ONE_MONTH, *flags, "--", "--runner=FlinkRunner", "--parallelism", "4") == 0
     assert prepared == [Config("./from-file", seed=4, fetch_threads=5, window_months=2)]
