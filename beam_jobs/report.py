@@ -8,6 +8,7 @@ the stages left, so a page can be made again at any time, also of a run that was
 
 import base64
 import dataclasses
+import datetime
 import hashlib
 import json
 import pathlib
@@ -91,7 +92,7 @@ def write(run: MonthRun) -> Summary:
 
 def stopped(run: MonthRun, stage: str, error: StageError) -> Summary:
     """Note that a stage stopped the month, and why, and make the page that says so."""
-    told = {"stage": stage, "why": str(error), "launch": run.launch}
+    told = {"stage": stage, "why": str(error), "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")}
     run.storage.write(f"{run.folder}/stopped.json", json.dumps(told, indent=1).encode())
     return write(run)
 
@@ -106,7 +107,8 @@ def verdict(run: MonthRun) -> tuple[str, str]:
     noted = lake.publications(run.storage, run.month)
     ours = [note for note in noted if note.run == run.id]
     stop = run.storage.read_json(f"{run.folder}/stopped.json")
-    if stop:
+    # A stage that was run alone since may have published it.
+    if stop and not (ours and ours[-1].published > stop["at"]):
         again = f"; {noted[-1].run} stays the month's run" if noted and noted[-1].run != run.id else ""
         return STOPPED, f"{run.month} is not published: stopped at {stop['stage']}, because {_sentence(stop['why'])}{again}."
     if not ours:

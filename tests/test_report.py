@@ -17,6 +17,7 @@ import reported
 from playwright.sync_api import Browser, Page, expect
 from reported import HOSTILE, LAST, THIS, World
 
+from beam_jobs import month as months
 from beam_jobs import report, report_scores
 from beam_jobs.cli import main
 from beam_jobs.run import MonthRun, StageError
@@ -78,10 +79,11 @@ def test_the_pages_in_a_browser(
     path = path_of(world, report.INDEX if which == "index" else f"{runs[1].folder}/report.html")
     page, wrong = opened(chromium, path, width, scheme)
     page.screenshot(path=tmp_path / f"{which}-{width}-{scheme}.png", full_page=LONG)
-    # By the debugger, as the page itself lets no other script run.
-    found = page.evaluate((browsers.install() / "axe.min.js").read_text() + "; axe.run()")
-    assert len(found["passes"]) > 15
-    assert [rule["id"] for rule in found["violations"] if rule["impact"] in ("serious", "critical")] == []
+    if LONG or (width == 390) == (scheme == "light"):
+        # By the debugger, as the page itself lets no other script run.
+        found = page.evaluate((browsers.install() / "axe.min.js").read_text() + "; axe.run()")
+        assert len(found["passes"]) > 15
+        assert [rule["id"] for rule in found["violations"] if rule["impact"] in ("serious", "critical")] == []
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page is wider than the screen"
     assert "taken" not in page.title() and page.locator("img[src=x]").count() == 0 and page.locator("script").count() == 1
     back = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -205,6 +207,9 @@ def test_the_page_tells_kept_replaced_stopped_and_unfinished(tmp_path: pathlib.P
         f"{LAST} is not published: stopped at publish, because audit mean refused {HOSTILE}.",
     )
     assert "<img src=x" not in page_of(world, kept)
+    world.publish(kept)
+    assert report.write(kept).status == report.KEPT
+    report.stopped(kept, "score", StageError("why"))
     report.went_on(kept)
     assert report.write(kept).status == report.KEPT
     begun = world.make(THIS, publish=False)
@@ -232,6 +237,15 @@ def test_a_month_that_is_stopped_leaves_a_page_that_says_why(tmp_path: pathlib.P
     assert told["status"] == "stopped" and "20 of 40 rows of 2026-10 were rejected, 50.00%" in told["verdict"]
     page = text_of(pathlib.Path(told["report"]).read_text())
     assert told["verdict"] in page and "20 rejected: " in page and "Nothing is scored." in page and HOSTILE[:8] in page
+
+
+def test_the_time_that_is_left_is_told_by_the_month_before(tmp_path: pathlib.Path) -> None:
+    world = reported.world(tmp_path, 500)
+    last = world.make(LAST)
+    assert months._expected(world.make(THIS, publish=False)) == {}
+    ledger = {"used": {"ingest": {"seconds": 4.0}, "creatives-packs": {"seconds": 2.0}, "creatives-index": {"seconds": 1.5}}}
+    world.storage.write(f"{last.folder}/ledger.json", json.dumps(ledger).encode())
+    assert months._expected(world.make(THIS, publish=False)) == {"ingest": 4.0, "creatives": 3.5}
 
 
 @pytest.mark.parametrize("command", ["runs", "models", "status", "gc", "show", "report", "month"])
