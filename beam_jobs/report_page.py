@@ -146,7 +146,7 @@ def _flow(left: _Left) -> list[dict]:
         step("In the lookup", left.lookup.rows if left.lookup else None),
         step("Published", noted[-1].rows if noted else None, [f"to {noted[-1].dataset}.scores"] if noted and noted[-1].dataset else ()),
     ]
-    files = f"{len(left.inputs['ads']):,} files of {size / 1e6:,.1f} MB"
+    files = f"{size / 1e6:,.1f} MB in {len(left.inputs['ads']):,} CSV files"
     return [{"name": "Delivered", "count": files, "share": None, "parts": [images]}, *steps]
 
 
@@ -251,7 +251,8 @@ def index(storage: Storage) -> dict:
             judged[realised["month"]] = sections.overall(realised)
         # What was published when its page was made may have been replaced since.
         replaced = run.published and lake.publications(storage, run.month)[-1].run != run.id
-        status = REPLACED if replaced else summary.status if summary else UNFINISHED
+        unread = PUBLISHED if run.published else UNFINISHED
+        status = REPLACED if replaced else summary.status if summary else unread
         lines.append(
             [
                 Cell(run.month, link=f"{run.month}/{run.id}/report.html" if summary else ""),

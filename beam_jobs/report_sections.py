@@ -99,7 +99,7 @@ def gate(storage: Storage, evaluation: Manifest) -> dict:
         entropies = [interval(row, "normalized_entropy", ".4f") if row else number(None) for row in (ours, theirs)]
         last = [interval(difference, "difference", "+.2%") if difference else number(None), interval(ours, "calibration", ".3f")]
         lines.append([Cell(named(*key)), number(ours["clicks"]), *entropies, *last])
-    columns = ("segment", "clicks", "NE of the candidate", "NE of the champion", "difference", "calibration of the candidate")
+    columns = ("segment", "clicks", "NE of the candidate", "NE of the champion", "difference", "calibration")
     shown, charts = [*fixed, *others][:_CHART_LINES], []
     names = [named(*key) for key in shown]
     if compared:
