@@ -6,12 +6,12 @@ import logging
 import os
 import pathlib
 import sys
-import types
-import typing
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
+from beam_jobs import terminal
 from beam_jobs.config import Config, ConfigError, load, suggestion
+from beam_jobs.flags import Parser, add_setting, add_settings
 from schemas.lake import check_month
 from serving.__main__ import add_flags
 
@@ -29,23 +29,6 @@ one's own data: put CSV files in LAKE/raw/2026-10/ads/ and images in LAKE/raw/20
 _STAGES = ("ingest", "creatives", "realised", "encoder", "embed", "drift", "train", "evaluate", "score", "lookup", "publish")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Wrong flags are errors with a suggestion."""
-
-    def __init__(self, **options: Any):
-        super().__init__(**{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **options})
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`\n")
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.choices is not None and value not in action.choices:
-            self.error(f"{value!r} is none of {', '.join(action.choices)}{suggestion(value, action.choices)}")
-
-    def known_flags(self) -> list[str]:
-        return [name for action in self._actions for name in action.option_strings]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status.
 
@@ -61,16 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.error(f"unknown flag or argument {unknown[0]!r}{suggestion(unknown[0].partition('=')[0], command.known_flags())}")
     if behind and parsed.run not in (_month, _stage, _local_cloud):
         commands.choices[parsed.command].error(f"takes nothing behind --, but was given {behind[0]!r}")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    logging.getLogger().handlers[0].addFilter(_worth_showing)
+    progress = sys.stderr if getattr(parsed, "json", False) else sys.stdout
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=progress)
+    logging.getLogger().handlers[0].addFilter(terminal.worth_showing)
     for name in ("adstocrat", "serving"):
         logging.getLogger(name).setLevel(logging.INFO)
     try:
         return parsed.run(parsed, behind) or 0
     except KeyboardInterrupt:
-        return _fail(InterruptedError("interrupted; the same command goes on where it stopped"), 130)
+        return terminal.fail(InterruptedError("interrupted; the same command goes on where it stopped"), 130)
     except (ValueError, OSError) as error:
-        return _fail(error, 2)
+        return terminal.fail(error, 2)
     except RuntimeError as error:
         from beam_jobs.ready import NotReadyError
         from beam_jobs.run import HandedOverError, stage_error
@@ -79,33 +63,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(error)
             return 0
         if parsed.run is _local_cloud:
-            return _fail(error, 1)
+            return terminal.fail(error, 1)
         if isinstance(error, NotReadyError):
-            return _fail(error, os.EX_TEMPFAIL)
+            return terminal.fail(error, os.EX_TEMPFAIL)
 
         # Beam wraps what a stage raises; its own sentence is what a person needs.
         cause = stage_error(error)
         if cause is None:
             raise
-        return _fail(cause, cause.status)
+        return terminal.fail(cause, cause.status)
     except Exception as error:
         # What Google's clients raise is a sentence; importing them to name it would cost every command a second.
         if type(error).__module__.partition(".")[0] != "google":
             raise
-        return _fail(error, 1)
-
-
-def _worth_showing(record: logging.LogRecord) -> bool:
-    """Not what Beam says of a package that only its model manager needs, nor its traceback of an error that is told in a sentence."""
-    error = record.exc_info and record.exc_info[0]
-    ours = error and (issubclass(error, OSError) or error.__module__.partition(".")[0] in ("beam_jobs", "schemas", "model"))
-    return not ours and "Resource module is not available" not in str(record.msg)
-
-
-def _fail(error: BaseException, status: int) -> int:
-    # Beam adds the step that it was running, which says nothing to a person.
-    print(f"adstocrat: {str(error).partition(' [while running')[0]}", file=sys.stderr)
-    return status
+        return terminal.fail(error, 1)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -114,9 +85,9 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return arguments[:at], arguments[at + 1 :]
 
 
-def _parser() -> tuple[_Parser, Any]:
-    parser = _Parser(prog="adstocrat", description="Monthly click probabilities for an inventory of ads.", epilog=_EPILOG)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+def _parser() -> tuple[Parser, Any]:
+    parser = Parser(prog="adstocrat", description="Monthly click probabilities for an inventory of ads.", epilog=_EPILOG)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     sample = commands.add_parser("sample-data", help="lay out sample months with a known truth")
     sample.add_argument("lake", help="gs://bucket[/prefix] or a folder")
@@ -139,7 +110,7 @@ def _parser() -> tuple[_Parser, Any]:
         infer.add_argument(f"--{tag}", metavar="COLUMN", help=text)
     infer.add_argument("--segment", action="append", metavar="COLUMN", help="sliced by in reports; more than one may be given")
     for name in ("csv_newlines_in_values", "csv_encoding"):
-        _add_setting(infer, name)
+        add_setting(infer, name)
     infer.add_argument("--out", required=True, metavar="FILE", help="where the contract is written")
     infer.set_defaults(run=_infer_contract)
 
@@ -158,14 +129,18 @@ def _parser() -> tuple[_Parser, Any]:
     rollback.add_argument("--to", metavar="RUN", help="default: the last one published that is not current")
     rollback.add_argument("--keep-model", action="store_true", help="leave the champion, which the next month builds on")
     status = commands.add_parser("status", help="what BigQuery, the pointers and servers say is published; 3 where they differ")
-    _add_settings(status, _status)
+    add_settings(status, _status)
     status.add_argument(
         "--url", nargs="+", default=[], help="servers to ask, such as http://localhost:8080; ADSTOCRAT_TOKEN is sent if set"
     )
 
+    report = commands.add_parser("report", help="make the page of a run again, and the one of all runs")
+    report.add_argument("id", metavar="RUN")
+    report.add_argument("--open", action="store_true", help="show it in a browser")
+    add_settings(report, _report)
     runs = commands.add_parser("runs", help="list the runs of a lake")
     runs.set_defaults(run=_runs)
-    show = commands.add_parser("show", help="a run's inputs, verdict and ledger")
+    show = commands.add_parser("show", help="a run's inputs, verdict and ledger, as JSON")
     show.add_argument("id", metavar="RUN")
     show.set_defaults(run=_show)
     gc = commands.add_parser("gc", help="remove what no kept run and no pointer needs")
@@ -182,6 +157,8 @@ def _parser() -> tuple[_Parser, Any]:
     compare.set_defaults(run=_compare)
     for of_a_lake in (runs, show, gc, models, promote, compare):
         of_a_lake.add_argument("--lake", required=True, help="gs://bucket[/prefix] or a folder")
+    for reporting in (month, status, report, runs, show, gc, models, compare):
+        reporting.add_argument("--json", action="store_true", help="tell it as JSON, and progress on standard error")
 
     cloud = commands.add_parser(
         "local-cloud",
@@ -200,39 +177,7 @@ def _parser() -> tuple[_Parser, Any]:
 
 def _add_run_flags(parser: argparse.ArgumentParser, run: Any) -> None:
     parser.add_argument("month", metavar="YYYY-MM")
-    _add_settings(parser, run)
-
-
-def _add_settings(parser: argparse.ArgumentParser, run: Any) -> None:
-    """A flag for each setting."""
-    parser.add_argument("--config", metavar="FILE", help="settings in YAML, one `name: value` a line; flags win")
-    for field in dataclasses.fields(Config):
-        _add_setting(parser, field.name)
-    parser.set_defaults(run=run)
-
-
-def _add_setting(parser: argparse.ArgumentParser, name: str) -> None:
-    """A flag for one setting."""
-    field = next(field for field in dataclasses.fields(Config) if field.name == name)
-    kind = typing.get_type_hints(Config)[name]
-    if isinstance(kind, types.UnionType):
-        kind = next(option for option in typing.get_args(kind) if option is not type(None))
-    flag, text = f"--{name.replace('_', '-')}", field.metadata["help"]
-    if field.default is False:
-        parser.add_argument(flag, action="store_const", const=True, help=text)
-        return
-    if field.default == ():
-        parser.add_argument(flag, action="append", metavar="TEXT", help=text)
-        return
-    text += "" if field.default in (dataclasses.MISSING, None) else f" (default: {field.default})"
-    read = _true_or_false if kind is bool else kind
-    parser.add_argument(flag, type=read, metavar=kind.__name__.upper(), help=text)
-
-
-def _true_or_false(text: str) -> bool:
-    if text not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text == "true"
+    add_settings(parser, run)
 
 
 def _config(arguments: argparse.Namespace) -> Config:
@@ -256,13 +201,21 @@ def _prepared(arguments: argparse.Namespace, flags: list[str]) -> Any:
 def _month(arguments: argparse.Namespace, flags: list[str]) -> None:
     run = _prepared(arguments, flags)
     if arguments.plan:
-        from beam_jobs.plan import show
+        from beam_jobs import plan
 
-        print(show(run))
+        terminal.tell(arguments, plan.numbers(run), plan.show)
         return
+    from beam_jobs import report
     from beam_jobs.month import run_month
+    from beam_jobs.run import stage_error
 
-    run_month(run, flags)
+    try:
+        summary = run_month(run, flags)
+    except RuntimeError as error:
+        if arguments.json and stage_error(error) and (stopped := report.read(run.storage, run.month, run.id)):
+            terminal.tell_run(arguments, run, stopped)
+        raise
+    terminal.tell_run(arguments, run, summary)
 
 
 def _stage(arguments: argparse.Namespace, flags: list[str]) -> None:
@@ -281,18 +234,20 @@ def _stage(arguments: argparse.Namespace, flags: list[str]) -> None:
 
 
 def _rollback(arguments: argparse.Namespace, _: list[str]) -> None:
+    from beam_jobs import report
     from beam_jobs.publish import rollback
 
     run = rollback(_config(arguments), arguments.month, arguments.to, arguments.keep_model)
+    report.write_index(run.storage)
     print(f"{run.month} is run {run.id} now")
 
 
 def _status(arguments: argparse.Namespace, _: list[str]) -> int:
-    from beam_jobs.status import status
+    from beam_jobs.status import lines, status
 
-    lines, agree = status(_config(arguments), arguments.url)
-    print("\n".join(lines))
-    return 0 if agree else 3
+    told = status(_config(arguments), arguments.url)
+    terminal.tell(arguments, told, lines)
+    return 0 if told["agree"] else 3
 
 
 def _sample_data(arguments: argparse.Namespace, _: list[str]) -> None:
@@ -322,11 +277,26 @@ def _infer_contract(arguments: argparse.Namespace, _: list[str]) -> None:
     )
 
 
+def _report(arguments: argparse.Namespace, _: list[str]) -> None:
+    from beam_jobs import report
+
+    run = report.of_run(_config(arguments), arguments.id)
+    terminal.tell_run(arguments, run, report.write(run))
+    if arguments.open:
+        import tempfile
+        import webbrowser
+
+        # A copy, as what `local` fetches from a bucket is gone before a browser has read it.
+        path = pathlib.Path(tempfile.mkdtemp(prefix="adstocrat-")) / "report.html"
+        path.write_bytes(run.storage.read(f"{run.folder}/report.html"))
+        webbrowser.open(path.as_uri())
+
+
 def _runs(arguments: argparse.Namespace, _: list[str]) -> None:
-    from beam_jobs.runs import table
+    from beam_jobs.runs import listed, table
     from schemas.storage import open_storage
 
-    print(table(open_storage(arguments.lake)))
+    terminal.tell(arguments, listed(open_storage(arguments.lake)), table)
 
 
 def _show(arguments: argparse.Namespace, _: list[str]) -> None:
@@ -337,23 +307,27 @@ def _show(arguments: argparse.Namespace, _: list[str]) -> None:
 
 
 def _gc(arguments: argparse.Namespace, _: list[str]) -> None:
+    from beam_jobs.report import write_index
     from beam_jobs.runs import garbage
     from schemas.storage import open_storage
 
     storage = open_storage(arguments.lake)
-    names = garbage(storage, arguments.keep)
-    for name in names:
-        print(storage.url(name))
+    urls = []
+    for name in garbage(storage, arguments.keep):
+        urls.append(storage.url(name))
         if not arguments.dry_run:
             storage.delete(name)
-    print(f"{len(names):,} objects {'would be' if arguments.dry_run else 'were'} removed")
+    if not arguments.dry_run:
+        write_index(storage)
+    did = f"{len(urls):,} objects {'would be' if arguments.dry_run else 'were'} removed"
+    terminal.tell(arguments, {"objects": urls, "dry_run": arguments.dry_run}, lambda told: "\n".join([*told["objects"], did]))
 
 
 def _models(arguments: argparse.Namespace, _: list[str]) -> None:
-    from beam_jobs.models import table
+    from beam_jobs.models import listed, table
     from schemas.storage import open_storage
 
-    print(table(open_storage(arguments.lake)))
+    terminal.tell(arguments, listed(open_storage(arguments.lake)), table)
 
 
 def _promote(arguments: argparse.Namespace, _: list[str]) -> None:
@@ -365,10 +339,10 @@ def _promote(arguments: argparse.Namespace, _: list[str]) -> None:
 
 
 def _compare(arguments: argparse.Namespace, _: list[str]) -> None:
-    from beam_jobs.models import compare
+    from beam_jobs.models import compare, side_by_side
     from schemas.storage import open_storage
 
-    print(compare(open_storage(arguments.lake), *arguments.versions))
+    terminal.tell(arguments, compare(open_storage(arguments.lake), *arguments.versions), side_by_side)
 
 
 def _local_cloud(arguments: argparse.Namespace, command: list[str]) -> int:

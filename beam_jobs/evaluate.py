@@ -253,6 +253,8 @@ def decide(judged: Sequence[Judged], run: MonthRun, plan: Plan) -> Manifest:
     metrics = {name: evaluation.overall.metrics(model) for model, name in enumerate(evaluation.models)}
     month = plan.months[0] if plan.months else run.month
     info: dict[str, Any] = {**ruling, "month": month, "encoder": pair.encoder, "ranker": pair.ranker, "metrics": metrics}
+    info["reliability"] = {name: evaluation.overall.reliability(i) for i, name in enumerate(evaluation.models) if name != gate.BASE_RATE}
+    info["compared"] = gate.compared(evaluation)
     versions = {gate.BASE_RATE: None, **{name: pair.ranker for name, pair in pairs.items()}}
     of_month, of_judged = (datetime.date.fromisoformat(f"{name}-01") for name in (run.month, month))
     same = {"month": of_month, "run_id": run.id, "kind": "evaluation", "judged_month": of_judged}

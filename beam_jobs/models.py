@@ -7,6 +7,7 @@ adstocrat compare 2026-09-0123456789abcdef 2026-10-0123456789abcdef --lake gs://
 
 import dataclasses
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -24,25 +25,34 @@ from schemas.lake import Champion
 from schemas.storage import Storage
 
 
-def table(storage: Storage) -> str:
-    """All complete models as lines to read: what they were trained on and from, and what the gate said of the rankers."""
+def listed(storage: Storage) -> list[dict[str, Any]]:
+    """All complete models: what they were trained on and from, and what the gate said of the rankers."""
     champion, _ = lake.read_pointer(storage, lake.CHAMPION, Champion)
-    lines = []
+    models = []
     for kind in ("encoder", "ranker"):
-        versions = sorted({name.split("/")[2] for name in storage.names(f"models/{kind}/")})
-        for version in versions:
+        for version in sorted({name.split("/")[2] for name in storage.names(f"models/{kind}/")}):
             found = lake.read_manifest(storage, lake.model_folder(kind, version))
             if found is None:
                 continue
             training, parent = found.info["training"], found.info.get("parent")
-            told = f"{kind:<8} {version}  {training['mode']}, {training['rows']:,} rows, {training['clicks']:,.0f} clicks"
-            told += f", from {parent['ranker']}" if parent else ""
+            told = {"kind": kind, "version": version, **{name: training[name] for name in ("mode", "rows", "clicks")}}
             judged = lake.read_manifest(storage, f"{lake.model_folder(kind, version)}/evaluation")
-            if judged:
-                entropy = judged.info["metrics"].get("candidate", {}).get("normalized_entropy")
-                told += f"  {judged.info['status']}" + (f", normalized entropy {entropy:.5f}" if entropy else "")
-            lines.append(told + ("  champion" if champion and version == getattr(champion, kind) else ""))
-    return "\n".join(lines) or f"no model in {storage.uri}"
+            entropy = judged.info["metrics"].get("candidate", {}).get("normalized_entropy") if judged else None
+            told |= {"parent": parent and parent["ranker"], "gate": judged and judged.info["status"], "normalized_entropy": entropy}
+            models.append({**told, "champion": bool(champion) and version == getattr(champion, kind)})
+    return models
+
+
+def table(models: list[dict[str, Any]]) -> str:
+    """What was listed, as lines to read."""
+    lines = []
+    for model in models:
+        told = f"{model['kind']:<8} {model['version']}  {model['mode']}, {model['rows']:,} rows, {model['clicks']:,.0f} clicks"
+        told += f", from {model['parent']}" if model["parent"] else ""
+        told += f"  {model['gate']}" if model["gate"] else ""
+        told += f", normalized entropy {model['normalized_entropy']:.5f}" if model["normalized_entropy"] else ""
+        lines.append(told + ("  champion" if model["champion"] else ""))
+    return "\n".join(lines) or "no model is there"
 
 
 def promote(storage: Storage, version: str) -> Champion:
@@ -71,8 +81,8 @@ def promote(storage: Storage, version: str) -> Champion:
     return champion
 
 
-def compare(storage: Storage, one: str, other: str) -> str:
-    """Two kept rankers on the gate rows of the newest labelled month that has the embeddings of both, as a table to read.
+def compare(storage: Storage, one: str, other: str) -> dict[str, Any]:
+    """Two kept rankers on the gate rows of the newest labelled month that has the embeddings of both: their metrics by slice.
 
     Raises:
         ModelError: one of them is not there, is damaged, or they are of two contracts.
@@ -95,7 +105,7 @@ def compare(storage: Storage, one: str, other: str) -> str:
             run = MonthRun(storage, contract, Config(lake=storage.uri), month, ids[-1], window, None, None)
             evaluation = _evaluate(run, pairs)
             if evaluation.overall.rows:
-                return _side_by_side(evaluation, month, one, other)
+                return {"month": month, "versions": [one, other], "slices": _compared(evaluation, one, other)}
     raise StageError(f"no published month has labelled gate rows and the embeddings of both {one!r} and {other!r}")
 
 
@@ -105,19 +115,28 @@ def _evaluate(run: MonthRun, pairs: dict[str, Champion]) -> Evaluation:
     return merged(judged.evaluation for unit in units for _, judged in judge(unit, run, plan, pairs))
 
 
-def _side_by_side(evaluation: Evaluation, month: str, one: str, other: str) -> str:
-    models = [evaluation.models.index(one), evaluation.models.index(other)]
+def _compared(evaluation: Evaluation, one: str, other: str) -> list[dict[str, Any]]:
+    models, slices = [evaluation.models.index(one), evaluation.models.index(other)], []
+    for (segment, value), found in evaluation.slices.items():
+        metrics, compared = [found.metrics(model) for model in models], Comparison.of(found, models[1], models[0], 0.0)
+        told = {"segment": segment, "value": value, "clicks": found.clicks, "metrics": metrics}
+        slices.append({**told, "difference": compared.difference, "at_most": None if math.isnan(compared.upper) else compared.upper})
+    return slices
+
+
+def side_by_side(told: dict[str, Any]) -> str:
+    """What was compared, as a table to read."""
     lines = [
-        f"gate rows of {month}: A is {one}, B is {other}",
+        f"gate rows of {told['month']}: A is {told['versions'][0]}, B is {told['versions'][1]}",
         f"{'':<28} {'clicks':>9} {'NE of A':>9} {'NE of B':>9} {'B to A':>8} {'at most':>8} {'calibration of A, B':>20}",
     ]
-    for (segment, value), found in evaluation.slices.items():
-        a, b = (found.metrics(model) for model in models)
-        compared = Comparison.of(found, models[1], models[0], 0.0)
-        name = segment if value is None else f"{segment}={value}"
+    for found in told["slices"]:
+        a, b = found["metrics"]
+        name = found["segment"] if found["value"] is None else f"{found['segment']}={found['value']}"
         entropies = f"{_text(a['normalized_entropy'])} {_text(b['normalized_entropy'])}"
         calibrations = f"{_text(a['calibration'], 10, 3)} {_text(b['calibration'], 9, 3)}"
-        lines.append(f"{name:<28} {found.clicks:>9,.0f} {entropies} {compared.difference:>+8.2%} {compared.upper:>+8.2%} {calibrations}")
+        at_most = f"{'-':>8}" if found["at_most"] is None else f"{found['at_most']:>+8.2%}"
+        lines.append(f"{name:<28} {found['clicks']:>9,.0f} {entropies} {found['difference']:>+8.2%} {at_most} {calibrations}")
     return "\n".join(lines)
 
 

@@ -6,14 +6,17 @@ import logging
 import resource
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from beam_jobs import drift, ledger
 from beam_jobs.notify import notify
 from beam_jobs.ready import check_rejects
-from beam_jobs.run import HandedOverError, MonthRun
+from beam_jobs.run import HandedOverError, MonthRun, stage_error
 from schemas import lake
 from schemas.lake import Manifest
+
+if TYPE_CHECKING:
+    from beam_jobs.report import Summary
 
 log = logging.getLogger("adstocrat")
 Flags = Sequence[str]
@@ -36,39 +39,70 @@ class Stage:
     tell: Callable[[MonthRun], tuple[str, int]]
 
 
-def run_month(run: MonthRun, flags: Flags) -> None:
-    """Run all stages, show alarms and the ledger, and tell the webhook how it ended."""
+def run_month(run: MonthRun, flags: Flags) -> "Summary":
+    """Run all stages, show alarms and the ledger, make the page, tell the webhook; of a month that is stopped both say why."""
     try:
-        _run_stages(run, flags)
+        summary = _run_stages(run, flags)
     except HandedOverError:
         raise
     except BaseException as error:
         notify(run, error)
         raise
     notify(run, None)
+    return summary
 
 
-def _run_stages(run: MonthRun, flags: Flags) -> None:
+def _run_stages(run: MonthRun, flags: Flags) -> "Summary":
+    from beam_jobs import report
+
     log.info("month %s, run %s, window %s", run.month, run.id, ", ".join(month for month, _ in run.window))
-    for stage in STAGES:
-        run_stage(stage, run, flags)
+    started, expected, ran = time.monotonic(), _expected(run), False
+    for i, stage in enumerate(STAGES):
+        left = sum(expected.get(later.name, 0.0) for later in STAGES[i:])
+        if expected and not stage.is_complete(run):
+            so_far = time.monotonic() - started
+            log.info(
+                "stage %d of %d, %s; %.0f s so far, about %.0f s left by the month before", i + 1, len(STAGES), stage.name, so_far, left
+            )
+        try:
+            ran |= run_stage(stage, run, flags)
+        except RuntimeError as error:
+            if stopped := stage_error(error):
+                report.stopped(run, stage.name, stopped)
+                log.info("why: %s", run.storage.url(f"{run.folder}/report.html"))
+            raise
     lines = drift.headlines(run.storage, run.month, run.id)
     log.info("%s", "\n".join([*lines, ledger.show(run.storage.read_json(f"{run.folder}/ledger.json"))]))
+    report.went_on(run)
+    made = report.read(run.storage, run.month, run.id)
+    return made if made and not ran and made.status == report.verdict(run)[0] else report.write(run)
 
 
-def run_stage(stage: Stage, run: MonthRun, flags: Flags) -> None:
-    """Run one stage unless its output is complete, and tell its counts, rate and time."""
+def _expected(run: MonthRun) -> dict[str, float]:
+    """Seconds that each stage took in the last run of the month before, as the ledger has them; nothing where there is none."""
+    noted = lake.publications(run.storage, lake.month_after(run.month, -1))
+    told = noted and run.storage.read_json(f"{lake.run_folder(noted[-1].month, noted[-1].run)}/ledger.json")
+    seconds: dict[str, float] = {}
+    for step, values in (told or {}).get("used", {}).items():
+        stage = step.partition("-")[0]
+        seconds[stage] = seconds.get(stage, 0.0) + values["seconds"]
+    return seconds
+
+
+def run_stage(stage: Stage, run: MonthRun, flags: Flags) -> bool:
+    """Run one stage unless its output is complete, and tell its counts, rate and time; returns whether it ran."""
     if stage is not STAGES[0]:
         check_rejects(run)
     if stage.is_complete(run):
         log.info("%-10s complete, skipped: %s", stage.name, stage.tell(run)[0])
-        return
+        return False
     started = time.monotonic()
     stage.execute(run, flags)
     seconds = time.monotonic() - started
     words, units = stage.tell(run)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
     log.info("%-10s %s; %s/s, %.1f s, peak memory %.1f GiB", stage.name, words, f"{units / max(seconds, 1e-9):,.0f}", seconds, peak)
+    return True
 
 
 def _complete(folder: Callable[[MonthRun], str]) -> Callable[[MonthRun], bool]:

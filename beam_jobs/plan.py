@@ -4,7 +4,8 @@ An estimate: units of work by the rates that docs/scale.md measured, times the p
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -132,27 +133,35 @@ def _sections(size: int, shards: int) -> int:
     return -(-size // SPILL_BYTES) * shards
 
 
-def show(run: MonthRun) -> str:
+def numbers(run: MonthRun) -> dict[str, Any]:
+    """The plan: what was `delivered`, and by stage its `work` with cost, None where it is complete or takes no worker."""
+    month = delivery(run)
+    todo = {each.stage: {**dataclasses.asdict(each), "cost": each.cost(run.config)} for each in work(month)}
+    complete = [stage.name for stage in STAGES if stage.is_complete(run)]
+    return {
+        "month": run.month,
+        "run": run.id,
+        "delivered": {**dataclasses.asdict(month), "files": len(run.ads), "bytes": sum(entry.size for entry in run.ads)},
+        "complete": complete,
+        "work": {stage.name: None if stage.name in complete else todo.get(stage.name) for stage in STAGES},
+    }
+
+
+def show(plan: Mapping[str, Any]) -> str:
     """The plan as lines to read."""
-    month, config = delivery(run), run.config
-    size = sum(entry.size for entry in run.ads)
-    complete = {stage.name for stage in STAGES if stage.is_complete(run)}
-    todo = [each for each in work(month) if each.stage not in complete]
+    month, todo = plan["delivered"], [work for work in plan["work"].values() if work]
     lines = [
-        f"plan of {run.month}, run {run.id}",
-        f"  delivered  about {month.rows:,} rows in {len(run.ads):,} files of {size / 1e9:,.3f} GB; "
-        f"{month.images:,} images, {month.new_images:,} of them new, of {month.new_bytes / 1e9:,.3f} GB",
+        f"plan of {plan['month']}, run {plan['run']}",
+        f"  delivered  about {month['rows']:,} rows in {month['files']:,} files of {month['bytes'] / 1e9:,.3f} GB; "
+        f"{month['images']:,} images, {month['new_images']:,} of them new, of {month['new_bytes'] / 1e9:,.3f} GB",
     ]
-    told = dict.fromkeys(complete, "complete")
-    for each in todo:
-        hours = f"{each.gpu_hours:,.3f} GPU worker hours" if each.gpu_hours else f"{each.vcpu_hours:,.3f} vCPU hours"
-        told[each.stage] = f"{each.units:,} {each.what}, {hours}, {each.cost(config):,.3f}"
-    lines += [f"  {stage.name:<10} {told.get(stage.name, 'little, which is not reckoned with')}" for stage in STAGES]
-    vcpu, gpu, reads, writes = (sum(getattr(each, name) for each in todo) for name in ("vcpu_hours", "gpu_hours", "reads", "writes"))
-    return "\n".join(
-        (
-            *lines,
-            f"  in all     {vcpu:,.2f} vCPU hours, {gpu:,.2f} GPU worker hours, {reads:,} reads and {writes:,} writes of the bucket",
-            f"  estimate   {sum(each.cost(config) for each in todo):,.2f} at the prices of the config, without storage and BigQuery",
-        )
-    )
+    for stage, each in plan["work"].items():
+        told = "complete" if stage in plan["complete"] else "little, which is not reckoned with"
+        if each:
+            hours = f"{each['gpu_hours']:,.3f} GPU worker hours" if each["gpu_hours"] else f"{each['vcpu_hours']:,.3f} vCPU hours"
+            told = f"{each['units']:,} {each['what']}, {hours}, {each['cost']:,.3f}"
+        lines.append(f"  {stage:<10} {told}")
+    vcpu, gpu, reads, writes, cost = (sum(each[name] for each in todo) for name in ("vcpu_hours", "gpu_hours", "reads", "writes", "cost"))
+    lines.append(f"  in all     {vcpu:,.2f} vCPU hours, {gpu:,.2f} GPU worker hours, {reads:,} reads and {writes:,} writes of the bucket")
+    lines.append(f"  estimate   {cost:,.2f} at the prices of the config, without storage and BigQuery")
+    return "\n".join(lines)

@@ -48,15 +48,15 @@ class AlarmError(StageError):
     status = 4
 
 
-class HandedOverError(RuntimeError):
-    """A job that was built for somebody else to start, so that nothing can follow it here; says what was built."""
-
-
 def stage_error(error: BaseException | None) -> StageError | None:
-    """The stage's own error behind what Beam made of it, if there is one."""
+    """A stage's own sentence, which a person needs, in what was raised: Beam wraps what a stage raises."""
     while error is not None and not isinstance(error, StageError):
         error = error.__cause__ or error.__context__
     return error
+
+
+class HandedOverError(RuntimeError):
+    """A job that was built for somebody else to start, so that nothing can follow it here; says what was built."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,21 +43,29 @@ def all_runs(storage: Storage) -> list[Run]:
     return sorted(found, key=lambda run: (run.month, run.inputs["created"]))
 
 
-def table(storage: Storage) -> str:
-    """All runs as lines to read: what they had, how far they came, and which one is served."""
+def listed(storage: Storage) -> list[dict[str, Any]]:
+    """All runs: what they had, how far they came, and which one is served."""
     current, _ = lake.read_pointer(storage, lake.CURRENT, Current)
-    lines = []
+    found = []
     for run in all_runs(storage):
         ledger = storage.read_json(f"{lake.run_folder(run.month, run.id)}/ledger.json")
-        told = f"{ledger['counts']['ingested']:>12,} rows" if ledger else f"{'':>17}"
-        state = f"published {run.published[:16]}" if run.published else "not published"
-        served = ", served" if current == Current(run.month, run.id) else ""
-        lines.append(f"{run.month}  {run.id}  began {run.inputs['created'][:16]}  {told}  {state}{served}")
-    return "\n".join(lines) or f"no run in {storage.uri}"
+        told = {"month": run.month, "run": run.id, "began": run.inputs["created"], "rows": ledger and ledger["counts"]["ingested"]}
+        found.append({**told, "published": run.published or None, "served": current == Current(run.month, run.id)})
+    return found
 
 
-def show(storage: Storage, id: str) -> str:
-    """One run's inputs, ledger and verdict.
+def table(runs: list[dict[str, Any]]) -> str:
+    """What was listed, as lines to read."""
+    lines = []
+    for run in runs:
+        rows = f"{'':>17}" if run["rows"] is None else f"{run['rows']:>12,} rows"
+        state = f"published {run['published'][:16]}" if run["published"] else "not published"
+        lines.append(f"{run['month']}  {run['run']}  began {run['began'][:16]}  {rows}  {state}{', served' if run['served'] else ''}")
+    return "\n".join(lines) or "no run is there"
+
+
+def find(storage: Storage, id: str) -> Run:
+    """The run of that id, or that the month stands before.
 
     Raises:
         ValueError: there is no such run.
@@ -65,7 +73,12 @@ def show(storage: Storage, id: str) -> str:
     runs = [run for run in all_runs(storage) if run.id == id or f"{run.month}-{run.id}" == id]
     if not runs:
         raise ValueError(f"run {id!r} is not in {storage.uri}; `adstocrat runs --lake {storage.uri}` lists those that are")
-    run = runs[0]
+    return runs[0]
+
+
+def show(storage: Storage, id: str) -> str:
+    """One run's inputs, ledger and verdict. Raises as `find`."""
+    run = find(storage, id)
     evaluation = lake.read_manifest(storage, lake.stage_folder("evaluation", run.month, run.id))
     parts = {
         "month": run.month,

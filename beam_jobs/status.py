@@ -9,7 +9,8 @@ import http.client
 import json
 import os
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from beam_jobs.config import Config
 from beam_jobs.jobs import Jobs
@@ -36,8 +37,8 @@ class Said:
     more: str = ""
 
 
-def status(config: Config, urls: Sequence[str]) -> tuple[list[str], bool]:
-    """Lines to read, and whether all places say the same. BigQuery is asked of `config.dataset`, or of the last publication's."""
+def status(config: Config, urls: Sequence[str]) -> dict[str, Any]:
+    """What all `places` say, whether they `agree`, and what is `due`; BigQuery as the config or the last publication names it."""
     storage = open_storage(config.lake)
     noted = _newest(storage)
     dataset = config.dataset or (noted.dataset if noted else None)
@@ -51,19 +52,23 @@ def status(config: Config, urls: Sequence[str]) -> tuple[list[str], bool]:
     if noted and noted.kept_model:
         told = dataclasses.replace(told, run=said[0].run, more=f"{told.more}, which the rollback kept")
     said += [told, *map(_server, urls)]
-    width = max(len(place.place) for place in said)
-    lines = [f"{place.place:<{width}}  {'  '.join(place.run or ('nothing',))}  {place.more}".rstrip() for place in said]
+    due = _due(config, storage, noted) if noted else []
     agree = len({place.run for place in said}) == 1
     if not agree:
         newest = max(place.run[0] for place in said if place.run)
-        lines.append(f"they differ; `adstocrat publish {newest}` makes them the same")
+        due.insert(0, f"they differ; `adstocrat publish {newest}` makes them the same")
         if dataset and said[0].run != said[1].run:
             # Publishing decides by the lake whether there is anything to do. Who may only read is told all the same.
             with contextlib.suppress(PermissionError):
                 storage.write(lake.differs(newest), b"")
-    if noted:
-        lines += _due(config, storage, noted)
-    return lines, agree
+    return {"places": [dataclasses.asdict(place) for place in said], "agree": agree, "due": due}
+
+
+def lines(told: Mapping[str, Any]) -> str:
+    """The status as lines to read."""
+    width = max(len(place["place"]) for place in told["places"])
+    said = [f"{place['place']:<{width}}  {'  '.join(place['run'] or ('nothing',))}  {place['more']}".rstrip() for place in told["places"]]
+    return "\n".join([*said, *told["due"]])
 
 
 def _run_of(told: Publication | Current | Champion | None) -> tuple[str, str] | None:

@@ -75,6 +75,10 @@ class Slice:
         ece = _calibration_error(self.bins[model]) if self.impressions else None
         return {"rows": self.rows, "impressions": self.impressions, "clicks": self.clicks, **out, "ece": ece, **by_order, "brier": brier}
 
+    def reliability(self, model: int) -> list[list[float]]:
+        """Impressions, clicks and predicted clicks by the model's probability, lowest first, in bins of about equal impressions."""
+        return [column for column in _equal_bins(self.bins[model]).T.tolist() if column[0]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
@@ -216,12 +220,18 @@ def _number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _calibration_error(bins: np.ndarray) -> float:
-    """Expected calibration error on bins of equal impressions, each cut at the fine bin that is nearest."""
+def _equal_bins(bins: np.ndarray) -> np.ndarray:
+    """A model's bins, shape (3, bins), summed up to `_ECE_BINS` of equal impressions, each cut at the fine bin that is nearest."""
     shown = np.cumsum(bins[0])
     cuts = np.searchsorted(shown, np.arange(1, _ECE_BINS) / _ECE_BINS * shown[-1])
-    difference = np.concatenate([[0], np.cumsum(bins[2] - bins[1])])
-    return float(np.abs(np.diff(difference[np.concatenate([[0], np.unique(cuts + 1), [len(shown)]])])).sum() / shown[-1])
+    ends = np.concatenate([[0], np.unique(cuts + 1), [len(shown)]])
+    return np.diff(np.concatenate([np.zeros((3, 1)), np.cumsum(bins, axis=1)], axis=1)[:, ends], axis=1)
+
+
+def _calibration_error(bins: np.ndarray) -> float:
+    """Expected calibration error on bins of equal impressions."""
+    impressions, clicks, predicted = _equal_bins(bins)
+    return float(np.abs(predicted - clicks).sum() / impressions.sum())
 
 
 def _by_order(bins: np.ndarray) -> dict[str, float | None]:

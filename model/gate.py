@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from model.evaluation import Evaluation, Slice, log_ratio
+from model.evaluation import Z_TWO_SIDED, Evaluation, Slice, log_ratio
 
 CANDIDATE, CHAMPION, EARLIER_CHAMPION, BASE_RATE = "candidate", "champion", "earlier_champion", "base_rate"
 PROMOTED, KEPT, FIRST, INSUFFICIENT = "promoted", "kept", "first", "insufficient_evidence"
@@ -141,6 +141,20 @@ def bias(evaluation: Evaluation) -> list[dict[str, Any]]:
             if low is not None and high is not None and not low <= 1 <= high:
                 found.append({"segment": segment, "value": value, **{name: metrics[name] for name in names}})
     return sorted(found, key=lambda off: -abs(math.log(off["calibration"])))
+
+
+def compared(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """The candidate's normalized entropy relative to the champion's by slice: `difference`, 0.01 is 1 % worse, with its 95 % interval."""
+    if not {CANDIDATE, CHAMPION} <= set(evaluation.models):
+        return []
+    candidate, champion = evaluation.models.index(CANDIDATE), evaluation.models.index(CHAMPION)
+    found = []
+    for (segment, value), part in evaluation.slices.items():
+        difference, error = log_ratio(part.loss(candidate), part.loss(champion))
+        if math.isfinite(error):
+            low, middle, high = (math.expm1(difference + z * error) for z in (-Z_TWO_SIDED, 0, Z_TWO_SIDED))
+            found.append({"segment": segment, "value": value, "difference": middle, "low": low, "high": high})
+    return found
 
 
 def _biased(part: dict[str, Any]) -> str:

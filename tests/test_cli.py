@@ -12,7 +12,7 @@ from beam_jobs.runner import checked_options
 from schemas import contract as contracts
 from schemas import draft
 
-COMMANDS = ["sample-data", "infer-contract", "month", *cli._STAGES, "rollback", "status", "local-cloud", "serve"]
+COMMANDS = ["sample-data", "infer-contract", "month", *cli._STAGES, "rollback", "status", "report", "local-cloud", "serve"]
 ONE_MONTH = ["month", "2026-10"]
 CSV = b"id,slot,photo,bid,n,k\n007,top,p.jpg,0.5,10,1\n7,side,,1,,\n"
 
@@ -130,6 +130,7 @@ def test_flags_win_over_the_file_and_what_follows_the_dashes_is_beam_s(monkeypat
     launched: list[list[str]] = []
     monkeypatch.setattr("beam_jobs.run.prepare", lambda config, month: prepared.append(config))
     monkeypatch.setattr("beam_jobs.month.run_month", lambda run, flags: launched.append(flags))
+    monkeypatch.setattr("beam_jobs.terminal.tell_run", lambda *_: None)
     flags = ["--config", str(tmp_path / "month.yaml"), "--seed", "4", "--window-months=2"]
     assert run(*ONE_MONTH, *flags, "--", "--runner=FlinkRunner", "--parallelism", "4") == 0
     assert prepared == [Config("./from-file", seed=4, fetch_threads=5, window_months=2)]

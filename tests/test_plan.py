@@ -48,9 +48,9 @@ def test_only_what_is_new_and_not_complete_is_counted(tmp_path_factory: pytest.T
     lake.commit(storage, folder, Manifest("packs", (receipt,)))
     new, size = plan.new_images(run)
     assert new == listing.num_rows - 9 and size == sum(listing["size"].to_pylist()[10:]) + listing["size"][0].as_py()
-    before = plan.show(run)
+    before = plan.show(plan.numbers(run))
     lake.commit(storage, run.stage("rows"), Manifest("ingest", (), {"shards": 1}))
-    after = plan.show(run)
+    after = plan.show(plan.numbers(run))
     assert "ingest     complete" in after and "ingest     complete" not in before
 
 

@@ -1,0 +1,280 @@
+"""The sections of a run's page on models and scores, as tables and charts: gate, distribution, who moved, drift, realised quality."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from beam_jobs import plots
+from beam_jobs.report_scores import EDGES, EVIDENCE, Month, Moved
+from model.gate import CANDIDATE, CHAMPION
+from schemas import lake
+from schemas.contract import Contract
+from schemas.lake import Manifest
+from schemas.parquet import read_parquet
+from schemas.storage import Storage
+
+# Lines of a chart that can still be read, and of a table that a page can hold.
+_CHART_LINES, TABLE_LINES, _MULTIPLES, _BARS = 24, 200, 12, 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One value of a table.
+
+    Attributes:
+        text: as it is read.
+        sort: as it is sorted; None by its text.
+        creative: whose picture stands beside it.
+        link: where it leads.
+        alarm: whether it is to be noticed.
+    """
+
+    text: str
+    sort: float | int | None = None
+    creative: str | None = None
+    link: str = ""
+    alarm: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of cells under named columns."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """A picture, what it shows in a sentence, and its numbers."""
+
+    svg: Markup
+    told: str
+    numbers: Table | None
+
+
+def number(value: float | None, form: str = ",.0f", **more: Any) -> Cell:
+    return Cell("–" if value is None else format(value, form), value, **more)
+
+
+def ends(values: Mapping[str, Any], name: str) -> plots.Interval:
+    """A value with the ends of its interval."""
+    return values[name], values[f"{name}_low"], values[f"{name}_high"]
+
+
+def overall(realised: Mapping[str, Any]) -> dict[str, Any]:
+    """Of realised quality the row of all impressions."""
+    return next(row for row in realised["rows"] if row["value"] is None)
+
+
+def interval(values: Mapping[str, Any], name: str, form: str) -> Cell:
+    value, low, high = ends(values, name)
+    told = "" if low is None or high is None else f" ({low:{form}} to {high:{form}})"
+    return Cell("–" if value is None else f"{value:{form}}{told}", value)
+
+
+def named(segment: str | None, value: str | None) -> str:
+    return (segment or "overall") if value is None else f"{segment} = {value or '(empty)'}"
+
+
+def gate(storage: Storage, evaluation: Manifest) -> dict:
+    """The verdict, and the candidate and the champion by segment."""
+    info = evaluation.info
+    rows = [row for file in evaluation.files for batch in read_parquet(storage, file) for row in batch.to_pylist()]
+    judged = {(row["model"], row["segment"], row["value"]): row for row in rows}
+    compared = {(row["segment"], row["value"]): row for row in info.get("compared", ())}
+    fixed = [key for key in (("overall", None), ("warm", None), ("cold", None)) if (CANDIDATE, *key) in judged]
+    others = sorted({key[1:] for key in judged if key[0] == CANDIDATE} - set(fixed), key=lambda key: -judged[CANDIDATE, *key]["clicks"])
+    lines = []
+    for key in [*fixed, *others][:TABLE_LINES]:
+        ours, theirs, against = judged[CANDIDATE, *key], judged.get((CHAMPION, *key)), compared.get(key)
+        difference = (
+            {f"difference{end}": against[name] for end, name in (("", "difference"), ("_low", "low"), ("_high", "high"))}
+            if against
+            else None
+        )
+        entropies = [interval(row, "normalized_entropy", ".4f") if row else number(None) for row in (ours, theirs)]
+        last = [interval(difference, "difference", "+.2%") if difference else number(None), interval(ours, "calibration", ".3f")]
+        lines.append([Cell(named(*key)), number(ours["clicks"]), *entropies, *last])
+    columns = ("segment", "clicks", "NE of the candidate", "NE of the champion", "difference", "calibration")
+    shown, charts = [*fixed, *others][:_CHART_LINES], []
+    names = [named(*key) for key in shown]
+    if compared:
+        values = [(row["difference"] * 100, row["low"] * 100, row["high"] * 100) if (row := compared.get(key)) else None for key in shown]
+        told = (
+            "How much more normalized entropy the candidate has than the champion, by segment, with 95 % intervals; below 0 it is better."
+        )
+        charts.append(Chart(Markup(plots.intervals("gate", names, {"candidate": values}, 0, "difference in %", told)), told, None))
+    elif shown:
+        found = [ends(judged[CANDIDATE, *key], "normalized_entropy") for key in shown]
+        told = "Normalized entropy of the candidate by segment, with 95 % intervals; below 1 it is better than the mean click rate."
+        values = [value if value[0] is not None else None for value in found]
+        charts.append(Chart(Markup(plots.intervals("gate", names, {"candidate": values}, 1, "normalized entropy", told)), told, None))
+    if bins := {name: found for name in (CANDIDATE, CHAMPION) if (found := info.get("reliability", {}).get(name))}:
+        told = "Reliability on the gate rows: predicted and actual click rate in bins of equal impressions, on the dashed line where they "
+        told += "agree. Whiskers: 95 %, by the number of clicks alone."
+        cells = [
+            [Cell(name), number(shown), number(predicted / shown, ".3%"), number(clicks / shown, ".3%")]
+            for name, found in bins.items()
+            for shown, clicks, predicted in found
+        ]
+        numbers = Table("Reliability", ("model", "impressions", "predicted", "actual"), cells)
+        charts.append(Chart(Markup(plots.reliability(bins, told)), told, numbers))
+    return {"why": info["why"], "charts": charts, "table": Table("Gate rows by segment", columns, lines)}
+
+
+def distribution(scored: Month, before: Month | None) -> Chart:
+    months = [scored, *([before] if before else [])]
+    told = f"How the probabilities of {scored.month} are spread" + (f", against {before.month}. " if before else ". ")
+    told += "; ".join(f"{month.month}: {month.rows:,} ads, mean {month.mean:.3%}" for month in months) + "."
+    # Coarser in the table: four bins of the chart.
+    coarse = {month.month: month.histogram.reshape(-1, 5).sum(axis=1) for month in months}
+    there = [i for i in range(len(EDGES) // 5) if any(counts[i] for counts in coarse.values())]
+    cells = [
+        [number(EDGES[5 * i], ".3%"), number(EDGES[5 * i + 5], ".3%"), *(number(counts[i]) for counts in coarse.values())] for i in there
+    ]
+    table = Table("Ads by p_click", ("from", "to", *coarse), cells)
+    return Chart(Markup(plots.distribution(EDGES, {month.month: month.histogram for month in months}, told)), told, table)
+
+
+def moved(moved: Moved, before: Month) -> dict:
+    told = f"Against {before.month}: {moved.both:,} ads are in both months, {moved.new:,} are new and {moved.gone:,} are gone"
+    told += f"; of one key in {before.step}." if before.step > 1 else "."
+
+    def change(row: Mapping[str, Any], now: str) -> list[Cell]:
+        return [number(row["before"], ".2%"), number(row[now], ".2%"), number(row[now] - row["before"], "+.2%")]
+
+    columns = ("ad", before.month, "now", "change", "trained on")
+    keys = [
+        Table(
+            name,
+            columns,
+            [[Cell(row["key"], creative=row["creative"]), *change(row, "p_click"), number(row["evidence_key"])] for row in rows],
+        )
+        for name, rows in (("Ads that rose most", moved.up), ("Ads that fell most", moved.down))
+    ]
+    groups = [
+        Table(
+            f"By {name}, mean p_click",
+            (name, before.month, "now", "change", "ads"),
+            [[Cell(str(row["value"]), creative=row["creative"]), *change(row, "mean"), number(row["ads"])] for row in rows],
+        )
+        for name, rows in moved.groups.items()
+        if rows
+    ]
+    return {"told": told, "tables": [*keys, *groups]}
+
+
+def creative(row: Mapping[str, Any]) -> dict:
+    p, ads, shown = f"{row['mean']:.2%}", f"{row['ads']:,} ads" if row["ads"] > 1 else "1 ad", f"{row['evidence']:,} impressions trained on"
+    return {"creative": row["creative"], "p": p, "ads": ads, "evidence": shown, "key": row["key"]}
+
+
+def evidence(scored: Month) -> Table:
+    """Ads by what is known of their keys."""
+    cells = [
+        [Cell(name), number(rows), number(rows / scored.rows, ".1%"), number(p / rows if rows else None, ".3%"), number(unseen)]
+        for name, (rows, p, unseen) in zip(EVIDENCE, scored.evidence.tolist(), strict=True)
+    ]
+    return Table(
+        "Ads by how often the model was trained on them", ("the ad was", "ads", "share", "mean p_click", "creative never shown"), cells
+    )
+
+
+def statistics(storage: Storage, contract: Contract, month: str, run: str) -> dict[tuple[str, str | None], Any]:
+    """A run's `FeatureNameStatistics` by column, and those of its images by that column and the property; nothing where there are none."""
+    from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatisticsList
+
+    try:
+        told = DatasetFeatureStatisticsList.FromString(storage.read(f"{lake.stage_folder('statistics', month, run)}/statistics.pb"))
+    except FileNotFoundError:
+        return {}
+    of = {data.name: {each.name: each for each in data.features} for data in told.datasets}
+    images = {(contract.image.name, name): found for name, found in of.get("images", {}).items()} if contract.image else {}
+    return {**{(name, None): found for name, found in of.get("rows", {}).items()}, **images}
+
+
+def panels(compared: Sequence[Mapping[str, Any]], last: Mapping, this: Mapping) -> list[plots.Panel]:
+    """A small chart of each column that was compared, once: from the months' statistics, or else of what the comparison tells."""
+    found: dict[tuple, plots.Panel] = {}
+    for row in compared:
+        told, alarm = str(row["value"] or row["kind"]), row["alarm"]
+        keys = [key for key in ((row["column"], row["value"]), (row["column"], None)) if key in last and key in this]
+        key = keys[0] if keys else (row["column"], told)
+        if key in found or len(found) == _MULTIPLES:
+            continue
+        both, title = [month[key] for month in (last, this) if key in month], " ".join(filter(None, key))
+        if both and all(each.num_stats.histograms for each in both):
+            # The last histogram is that of quantiles; its ends may be far out.
+            a, b = ([bucket.low_value for bucket in each.num_stats.histograms[-1].buckets][1:] for each in both)
+            found[key] = plots.Panel(title, [], a, b, alarm)
+        elif both and all(each.string_stats.top_values for each in both):
+            old, new = (_shares(each.string_stats) for each in both)
+            # What was told of stands first.
+            labels = sorted({*old, *new}, key=lambda label: (label != told, -max(old.get(label, 0.0), new.get(label, 0.0))))[:_BARS]
+            a, b = ([shares.get(label, 0.0) for label in labels] for shares in (old, new))
+            found[key] = plots.Panel(title, labels, a, b, alarm)
+        else:
+            found[key] = plots.Panel(row["column"], [told], [row["last"]], [row["this"]], alarm)
+    return list(found.values())
+
+
+def _shares(strings: Any) -> dict[str, float]:
+    known = max(strings.common_stats.num_non_missing, 1)
+    return {top.value: top.frequency / known for top in strings.top_values}
+
+
+def drift(drift: Mapping[str, Any], last: Mapping, this: Mapping) -> dict:
+    """What was compared with the month before, alarms first; with both months' statistics where they are there."""
+    rows = sorted(drift["compared"], key=lambda row: (not row["alarm"], -row["distance"] / (row["threshold"] or 1)))
+    cells = [
+        [
+            Cell(row["column"], alarm=row["alarm"]),
+            Cell(row["kind"]),
+            Cell("" if row["value"] is None else str(row["value"])),
+            *(number(row[name], ",.4g") for name in ("last", "this", "distance", "threshold")),
+            Cell(f"alarm: {row['action']}" if row["alarm"] else "", alarm=row["alarm"]),
+        ]
+        for row in rows[:TABLE_LINES]
+    ]
+    columns = ("column", "what", "value", drift["previous"] or "last", "this", "distance", "threshold", "alarm")
+    drawn = panels(rows, last, this)
+    lines = [
+        [Cell(each.title), Cell(label or f"{(i + 1) / (len(each.last) + 1):.0%} are below"), number(a, ",.4g"), number(b, ",.4g")]
+        for each in drawn
+        for i, (label, a, b) in enumerate(zip(each.labels or [""] * len(each.last), each.last, each.this, strict=True))
+    ]
+    told = (
+        "Last month and this one, what moved most against its threshold first: shares of the commonest values, and quantiles of numbers. "
+    )
+    told += "An alarm has an exclamation mark."
+    numbers = Table("Both months", ("of", "value", "last", "this"), lines)
+    chart = Chart(Markup(plots.small_multiples(drawn, told)), told, numbers) if drawn else None
+    return {"chart": chart, "table": Table("Compared with the month before", columns, cells)}
+
+
+def realised(realised: Mapping[str, Any]) -> dict:
+    """The month before, as it was published, by its outcomes."""
+    lines = [
+        [
+            Cell(named(row["segment"], row["value"])),
+            number(row["impressions"]),
+            number(row["clicks"]),
+            interval(row, "ne", ".4f"),
+            interval(row, "calibration", ".3f"),
+        ]
+        for row in realised["rows"][:TABLE_LINES]
+    ]
+    told = f"{realised['month']}, as run {realised['run']} published it, by what then happened: {realised['verdict']}"
+    told += f" {realised['matched_share']:.1%} of its ads have outcomes."
+    shown = realised["rows"][:_CHART_LINES]
+    values = [ends(row, "calibration") for row in shown]
+    text = "Calibration, predicted over actual clicks, by segment, with 95 % intervals; at 1 they agree."
+    names = [named(row["segment"], row["value"]) for row in shown]
+    svg = plots.intervals("realised", names, {"realised": values}, 1, "calibration", text) if shown else ""
+    columns = ("segment", "impressions", "clicks", "normalized entropy", "calibration")
+    chart = Chart(Markup(svg), text, None) if svg else None
+    return {"told": told, "chart": chart, "table": Table("By segment", columns, lines)}
