@@ -13,7 +13,7 @@ setup(
     # What schemas/ and serving/ need, so that `pip install .[serving]` brings nothing of what trains and scores.
     install_requires=["google-cloud-storage>=3.17", "google-crc32c"],
     extras_require={
-        "serving": ["httptools", "prometheus-client", "starlette", "urllib3>=2", "uvicorn>=0.54,<0.55", "uvloop"],
+        "serving": ["httptools", "prometheus-client", "urllib3>=2", "uvicorn>=0.54,<0.55", "uvloop"],
         "pipeline": [
             "apache-beam[gcp]>=2.77,<2.78",
             "google-cloud-bigquery>=3.47",

@@ -1,23 +1,18 @@
 """The REST service as an ASGI application: scores by key, one or many, and what is served.
 
 `GET /v1/scores/{key}` is answered from the mapped table without a router, a request object or JSON parsing: those cost more than the
-lookup. Starlette serves the other routes. All errors are problem details (RFC 9457).
+lookup. All errors are problem details (RFC 9457).
 """
 
 import asyncio
 import http
 import json
+import logging
 import time
+from collections.abc import Awaitable, Callable
 from email.utils import format_datetime
 from typing import Any
 from urllib.parse import unquote_to_bytes
-
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
-from starlette.types import Message, Receive, Scope, Send
 
 from serving.counters import BYTES, ROUTES, Counters
 from serving.openapi import document
@@ -34,9 +29,16 @@ SCORES = b"/v1/scores/"
 _JSON = (b"content-type", b"application/json")
 _PROBLEM = (b"content-type", b"application/problem+json")
 _PATHS = {"/v1/scores:lookup": 1, "/v1/status": 2, "/openapi.json": 3}
+_LOOKUP = 1
+
+logger = logging.getLogger(__name__)
 
 Headers = list[tuple[bytes, bytes]]
 Answer = tuple[int, Headers, bytes]
+# As ASGI has them.
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 class Service:
@@ -55,15 +57,7 @@ class Service:
         self.before: Table | None = None
         self._suffix = self._etag = b""
         self._headers: Headers = []
-        self._document = document(MAX_KEYS, MAX_BODY_BYTES, tokens is not None)
-        routes = [
-            Route("/v1/scores:lookup", self._lookup, methods=["POST"]),
-            Route("/v1/status", self._status),
-            Route("/openapi.json", self._openapi),
-        ]
-        handlers = {HTTPException: _http_problem, ClientDisconnect: _gone, Exception: _server_problem}
-        self._rest = Starlette(routes=routes, exception_handlers=handlers)
-        self._rest.router.redirect_slashes = False
+        self._document = _dumps(document(MAX_KEYS, MAX_BODY_BYTES, tokens is not None))
 
     def serve(self, table: Table) -> None:
         """Answer from `table` from now on; the one before is closed when the last batch that reads it is done."""
@@ -91,15 +85,12 @@ class Service:
         path, headers = scope["raw_path"], dict(scope["headers"])
         token, known = headers.get(b"authorization", b""), headers.get(b"if-none-match")
         if path.startswith(SCORES):
-            status, fields, body = self.score(scope["method"], path, token, known, began)
-        elif self.tokens is not None and not self.tokens.allows(token):
-            status, fields, body = _unauthorized()
-            self.counters.request(_route(scope), status, began)
+            answer = self.score(scope["method"], path, token, known, began)
         else:
-            await self._count_rest(_route(scope), began, scope, receive, send)
-            return
-        await send({"type": "http.response.start", "status": status, "headers": [*fields, (b"content-length", b"%d" % len(body))]})
-        await send({"type": "http.response.body", "body": body})
+            route = _PATHS.get(scope["path"], len(ROUTES) - 1)
+            answer = await self._other(route, scope, receive) if self.tokens is None or self.tokens.allows(token) else _unauthorized()
+            self.counters.request(route, answer[0], began)
+        await reply(send, *answer)
 
     def score(self, method: str, path: bytes, token: bytes, known: bytes | None, began: int) -> Answer:
         """Answer a request for `/v1/scores/{key}`, and count it.
@@ -144,35 +135,39 @@ class Service:
     def _unready(self) -> Answer:
         return _problem(503, self.waiting, (b"retry-after", b"1"))
 
-    async def _count_rest(self, route: int, began: int, scope: Scope, receive: Receive, send: Send) -> None:
-        status = 500
-
-        async def watched(message: Message) -> None:
-            nonlocal status
-            status = message.get("status", status)
-            await send(message)
-
+    async def _other(self, route: int, scope: Scope, receive: Receive) -> Answer:
+        path, method, wanted = scope["path"], scope["method"], ("POST",) if route == _LOOKUP else ("GET", "HEAD")
+        if path not in _PATHS:
+            return _problem(404, f"There is no {path} here; there are /v1/scores/{{key}}, {', '.join(_PATHS)}.")
+        if method not in wanted:
+            allowed = ", ".join(wanted)
+            return _problem(405, f"{path} does not take {method}, but {allowed}.", (b"allow", allowed.encode()))
         try:
-            await self._rest(scope, receive, watched)
-        finally:
-            self.counters.request(route, status, began)
+            if route == _LOOKUP:
+                return await self._lookup(receive)
+            if path == "/openapi.json":
+                return 200, [_JSON], self._document
+            return (200, [_JSON], _dumps({**_run(self.table), "rows": self.table.rows})) if self.table else self._unready()
+        except Exception:  # Whatever it is, whoever asks gets an answer of the documented form.
+            logger.exception("%s %s failed", method, path)
+            return _problem(500, "The service failed on this request; its log says why.")
 
-    async def _lookup(self, request: Request) -> Response:
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
+    async def _lookup(self, receive: Receive) -> Answer:
+        body, more = bytearray(), True
+        while more:
+            message = await receive()
+            body += message.get("body", b"")  # None where the client is gone, to whom nothing is sent.
+            more = message.get("more_body", False)
             if len(body) > MAX_BODY_BYTES:
                 # The rest is on its way and would be read for nothing.
-                return _response(
-                    _problem(413, f"A body has at most {MAX_BODY_BYTES:,} bytes; ask for fewer keys.", (b"connection", b"close"))
-                )
+                return _problem(413, f"A body has at most {MAX_BODY_BYTES:,} bytes; ask for fewer keys.", (b"connection", b"close"))
         try:
             keys = _keys(body)
         except ValueError as error:
-            return _response(_problem(400, str(error)))
+            return _problem(400, str(error))
         table = self.table
         if table is None:
-            return _response(self._unready())
+            return self._unready()
         rows: list[bytes] = []
         # Other requests are answered, and another run may be swapped in, between two slices; this batch goes on with its own.
         with table:
@@ -181,18 +176,13 @@ class Service:
                 rows += table.get_many(keys[start : start + SLICE_KEYS])
                 await asyncio.sleep(0)
         self.counters.batch(len(rows), rows.count(b"null"))
-        return Response(b"".join((head, b",".join(rows), b"]}")), media_type="application/json")
-
-    async def _status(self, request: Request) -> Response:
-        table = self.table
-        return _response(self._unready()) if table is None else JSONResponse({**_run(table), "rows": table.rows})
-
-    async def _openapi(self, request: Request) -> Response:
-        return JSONResponse(self._document)
+        return 200, [_JSON], b"".join((head, b",".join(rows), b"]}"))
 
 
-def _route(scope: Scope) -> int:
-    return _PATHS.get(scope["path"], len(ROUTES) - 1)
+async def reply(send: Send, status: int, headers: Headers, body: bytes) -> None:
+    """An answer as ASGI's messages."""
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, (b"content-length", b"%d" % len(body))]})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _keys(body: bytearray) -> list[bytes]:
@@ -235,32 +225,6 @@ def _problem(status: int, detail: str, *headers: tuple[bytes, bytes]) -> Answer:
 
 def _unauthorized() -> Answer:
     return _problem(401, "Expected `Authorization: Bearer ID.SECRET` with a token of this service.", (b"www-authenticate", b"Bearer"))
-
-
-def _response(answer: Answer) -> Response:
-    status, headers, body = answer
-    return Response(body, status, {name.decode(): value.decode() for name, value in headers})
-
-
-def _http_problem(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    detail = error.detail
-    headers = dict(error.headers or {})
-    if error.status_code == 404:
-        detail = f"There is no {request.url.path} here; there are /v1/scores/{{key}}, /v1/scores:lookup, /v1/status and /openapi.json."
-    elif error.status_code == 405:
-        detail = f"{request.url.path} does not take {request.method}, but {headers['Allow']}."
-    response = _response(_problem(error.status_code, detail))
-    response.headers.update(headers)
-    return response
-
-
-def _server_problem(request: Request, error: Exception) -> Response:
-    return _response(_problem(500, "The service failed on this request; its log says why."))
-
-
-def _gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=400)  # Which nobody reads.
 
 
 def _shown(key: bytes) -> str:

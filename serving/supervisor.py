@@ -14,17 +14,15 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Awaitable, Callable
 from mmap import mmap
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
 from schemas.lake import CURRENT, Current, differs, read_pointer
 from schemas.storage import Storage
+from serving.app import Receive, Scope, Send, reply
 from serving.counters import BYTES, Counters
 from serving.metrics import Served
 from serving.store import TableRefused, fetch
@@ -191,22 +189,26 @@ class Supervisor:
             logger.log(level, message)
             self._logged = message
 
-    def _probes_app(self) -> Starlette:
+    def _probes_app(self) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
         registry = CollectorRegistry()
         registry.register(self.served)
 
-        async def healthz(request: Request) -> Response:
-            return JSONResponse({"status": "ok"})
+        def told(path: str) -> tuple[int, str, bytes]:
+            if path == "/metrics":
+                return 200, CONTENT_TYPE_LATEST, generate_latest(registry)
+            status, text = 404, "there are /healthz, /readyz and /metrics"
+            if path == "/healthz":
+                status, text = 200, "ok"
+            elif path == "/readyz":
+                why = "stopping" if self.stop.is_set() else self._message.get("waiting", "starting")
+                status, text = (200, "ready") if all(worker.run for worker in self._workers) and not self.stop.is_set() else (503, why)
+            return status, "application/json", json.dumps({"status": text}, separators=(",", ":")).encode()
 
-        async def readyz(request: Request) -> Response:
-            ready = all(worker.run for worker in self._workers) and not self.stop.is_set()
-            why = "stopping" if self.stop.is_set() else self._message.get("waiting", "starting")
-            return JSONResponse({"status": "ready" if ready else why}, 200 if ready else 503)
+        async def probes(scope: Scope, receive: Receive, send: Send) -> None:
+            status, kind, body = told(scope["path"])
+            await reply(send, status, [(b"content-type", kind.encode())], body)
 
-        async def metrics(request: Request) -> Response:
-            return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
-
-        return Starlette(routes=[Route("/healthz", healthz), Route("/readyz", readyz), Route("/metrics", metrics)])
+        return probes
 
 
 class _Worker:
