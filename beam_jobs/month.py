@@ -45,7 +45,7 @@ def run_month(run: MonthRun, flags: Flags) -> "Summary":
         summary = _run_stages(run, flags)
     except HandedOverError:
         raise
-    except BaseException as error:
+    except Exception as error:
         notify(run, error)
         raise
     notify(run, None)

@@ -180,8 +180,8 @@ def ruled(part: Part, warn: float, scratch: float, abort: float) -> dict[str, An
 
     Args:
         part: of all shards.
-        warn, scratch, abort: shares by which predicted clicks may differ from those that came; beyond chance, they call for a warning, for
-            training from scratch, and for a stop.
+        warn, scratch, abort: shares by which predicted clicks may differ from those that came. More than the first, and than chance, calls
+            for a warning; an interval that lies wholly beyond the others for training from scratch, and for a stop.
     """
     whole = part.evaluation.overall
     unmatched = {segment: dict(zip(("rows", "impressions", "clicks"), told, strict=True)) for segment, told in part.unmatched.items()}
@@ -192,15 +192,14 @@ def ruled(part: Part, warn: float, scratch: float, abort: float) -> dict[str, An
     action, verdict = OK, "no outcome is of an ad that last month had"
     if rows:
         first = rows[0]
-        off, sure = _off(whole, 1 - 0.05 / 2)
-        limits = {STOP: abort, SCRATCH: scratch, WARN: warn}
-        action = next((name for name, limit in limits.items() if sure and off > limit), OK)
+        off, least = _off(whole, 1 - 0.05 / 2)
+        action = STOP if least > abort else SCRATCH if least > scratch else WARN if least and off > warn else OK
         if first["ne_low"] is not None and first["ne_low"] > 1 and action in (OK, WARN):
             action = SCRATCH
         judged = {key: found for key, found in part.evaluation.segments.items() if found.clicks >= gate.MIN_SEGMENT_CLICKS}
         level = 1 - _FAMILY_WISE / (2 * max(len(judged), 1))
         worse = [(*_off(found, level), key) for key, found in judged.items()]
-        bad = sorted(((off, key) for off, sure, key in worse if sure and off > _SEGMENT_LIMIT * warn), reverse=True)
+        bad = sorted(((off, key) for off, least, key in worse if least and off > _SEGMENT_LIMIT * warn), reverse=True)
         action = WARN if bad and action == OK else action
         verdict = f"predicted clicks are {_number(first['calibration'])} of those that came ({_number(first['calibration_low'])} to "
         verdict += f"{_number(first['calibration_high'])}), normalized entropy {_number(first['ne'])}, on {whole.clicks:,.0f} clicks"
@@ -283,11 +282,13 @@ def _row(segment: str, value: str | None, found: Slice) -> dict[str, Any]:
     return {"segment": None if value is None else segment, "value": value, **counts, **named}
 
 
-def _off(found: Slice, level: float) -> tuple[float, bool]:
-    """By what share predicted clicks differ from those that came, and whether that is more than chance, two-sided."""
+def _off(found: Slice, level: float) -> tuple[float, float]:
+    """By what share predicted clicks differ from those that came, and by what share at least: 0 where it may be chance."""
     ratio, error = log_ratio(found.predicted(0), found.sums[:, 1])
-    sure = math.isfinite(error) and abs(ratio) > numbers.NormalDist().inv_cdf(level) * error
-    return (abs(math.expm1(ratio)), sure) if math.isfinite(ratio) else (0.0, False)
+    if not math.isfinite(ratio) or not math.isfinite(error):
+        return 0.0, 0.0
+    least = max(abs(ratio) - numbers.NormalDist().inv_cdf(level) * error, 0.0)
+    return abs(math.expm1(ratio)), abs(math.expm1(math.copysign(least, ratio)))
 
 
 def _number(value: float | None) -> str:

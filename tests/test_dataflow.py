@@ -329,7 +329,7 @@ def parameters() -> dict[str, dict[str, Any]]:
 
 
 GOOD = {
-    "stage": ["ingest", "embed"],
+    "stage": ["ingest", "realised", "embed"],
     "month": ["2026-10"],
     "lake": ["gs://bucket", "gs://my-bucket/ads/lake"],
     "sdk_container_image": [IMAGE, f"gcr.io/p/worker@sha256:{'0' * 64}"],
@@ -340,6 +340,7 @@ GOOD = {
     "train_mode": ["auto", "scratch"],
     "train_negatives": ["1", "0.2"],
     "max_ne_loss": ["0", "0.005"],
+    "monitor_scratch": ["0.25", "1"],
     "min_gate_clicks": ["1000"],
     "csv_newlines_in_values": ["true", "false"],
     "csv_encoding": ["utf-8", "latin-1"],
@@ -358,6 +359,7 @@ BAD = {
     "train_mode": ["warm"],
     "train_negatives": ["2", "-0.1"],
     "max_ne_loss": ["1.5", "5%"],
+    "monitor_scratch": ["0", "25%"],
     "min_gate_clicks": ["0", "many"],
     "csv_newlines_in_values": ["True", "yes"],
     "csv_encoding": ["utf 8", ""],

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 import model
+from beam_jobs.realised import position_effect
 from model import encoder, golden, splits, training
 from model.ranker import BATCH, Ranker
 from schemas.contract import Column, Contract
@@ -206,3 +207,12 @@ def test_errors(trained: tuple[pathlib.Path, dict[str, Any]], tmp_path: pathlib.
         train(tmp_path, unlabelled)
     with pytest.raises(ValueError, match="kind 'ranker'; expected 'encoder'"):
         encoder.Encoder.load(trained[0])
+
+
+def test_position_adds_the_same_to_the_log_odds_of_every_row(loaded: Ranker, batch: pa.RecordBatch) -> None:
+    at, there = (loaded.predict(batch, at_reference=which) for which in (True, False))
+    positions = batch["position"].to_numpy().astype(float)
+    added = position_effect(loaded, CONTRACT, positions)
+    assert np.allclose(np.log(there / (1 - there)), np.log(at / (1 - at)) + added, atol=1e-4)
+    assert np.abs(added[positions == 1]).max() < 1e-9 and len(np.unique(added)) == 4
+    assert np.isfinite(position_effect(loaded, CONTRACT, np.array([np.nan, 1.0, 99.0]))).all()

@@ -83,6 +83,12 @@ def test_a_model_that_is_off_is_flagged(months: tuple[pa.Table, pa.Table], facto
     assert f"{told['rows'][0]['calibration']:.3f}" in told["verdict"]
 
 
+def test_few_clicks_do_not_call_for_more_than_a_warning(months: tuple[pa.Table, pa.Table]) -> None:
+    rows, scores = months
+    told = ruled(rows.slice(0, 2_000), times(scores, 1.4))
+    assert told["action"] == WARN and told["rows"][0]["calibration"] > 1.25 > told["rows"][0]["calibration_low"]
+
+
 def test_a_segment_that_is_off_is_named(months: tuple[pa.Table, pa.Table]) -> None:
     rows, scores = months
     desktop = pc.is_in(scores["key"], rows.filter(pc.equal(rows["device"], "desktop"))["key"].combine_chunks())
