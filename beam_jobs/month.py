@@ -55,7 +55,6 @@ def run_month(run: MonthRun, flags: Flags) -> "Summary":
         except RuntimeError as error:
             if stopped := stage_error(error):
                 report.stopped(run, stage.name, stopped)
-                log.info("why: %s", run.storage.url(f"{run.folder}/report.html"))
             raise
     log.info("%s", ledger.show(run.storage.read_json(f"{run.folder}/ledger.json")))
     report.went_on(run)
