@@ -65,9 +65,9 @@ def ends(values: Mapping[str, Any] | None, name: str) -> plots.Interval:
     return (values[name], values[f"{name}_low"], values[f"{name}_high"]) if values else (None, None, None)
 
 
-def overall(realised: Mapping[str, Any]) -> dict[str, Any]:
-    """Of realised quality the row of all impressions."""
-    return next(row for row in realised["rows"] if row["value"] is None)
+def overall(realised: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Of realised quality the row of all impressions; None where there was nothing to judge by."""
+    return next((row for row in realised["rows"] if row["value"] is None), None) if realised else None
 
 
 def interval(values: Mapping[str, Any] | None, name: str, form: str) -> Cell:
@@ -249,8 +249,10 @@ def realised(realised: Mapping[str, Any]) -> dict:
         ]
         for row in realised["rows"][:TABLE_LINES]
     ]
-    told = f"{realised['month']}, as run {realised['run']} published it, by what then happened: {realised['verdict']}"
-    told += f" {realised['matched_share']:.1%} of its ads have outcomes."
+    told = f"Not judged: {realised['verdict']}."
+    if realised["rows"]:
+        told = f"{realised['month']}, as run {realised['run']} published it, by what then happened: {realised['verdict'].rstrip('.')}. "
+        told += f"{realised['matched_share']:.1%} of the impressions are of ads that it had scored."
     shown = realised["rows"][:_CHART_LINES]
     values = [ends(row, "calibration") for row in shown]
     text = "Calibration, predicted over actual clicks, by segment, with 95 % intervals; at 1 they agree."
