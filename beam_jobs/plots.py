@@ -82,7 +82,7 @@ def distribution(edges: np.ndarray, series: dict[str, np.ndarray], told: str) ->
 
 
 def intervals(name: str, labels: Sequence[str], values: Sequence[Interval | None], at: float, label: str, told: str) -> str:
-    """Dots with intervals, a line each; `at` is where nothing differs."""
+    """Dots with intervals, a line each; `at` is where nothing differs: 1 for ratios, 0 for relative differences, which are shown in %."""
 
     def draw(axes: Axes) -> None:
         places = np.arange(len(labels))
@@ -93,6 +93,8 @@ def intervals(name: str, labels: Sequence[str], values: Sequence[Interval | None
         axes.set_ylim(len(labels) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
         axes.xaxis.set_major_locator(MaxNLocator(5))
+        if not at:
+            axes.xaxis.set_major_formatter(FuncFormatter(_percent))
         axes.set(xlabel=label)
 
     return _svg(name, told, 0.9 + 0.3 * len(labels), draw)
@@ -197,7 +199,7 @@ def _logarithmic(axes: Axes, axis: matplotlib.axis.Axis) -> None:
 
 
 def _percent(value: float, _: int = 0) -> str:
-    return f"{value * 100:g} %"
+    return f"{value * 100:.4g} %"
 
 
 def _short(text: str, most: int = 26) -> str:
