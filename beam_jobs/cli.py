@@ -212,7 +212,7 @@ def _month(arguments: argparse.Namespace, flags: list[str]) -> None:
     try:
         summary = run_month(run, flags)
     except RuntimeError as error:
-        if arguments.json and stage_error(error) and (stopped := report.read(run.storage, run.month, run.id)):
+        if stage_error(error) and (stopped := report.read(run.storage, run.month, run.id)):
             terminal.tell_run(arguments, run, stopped)
         raise
     terminal.tell_run(arguments, run, summary)

@@ -69,7 +69,6 @@ def _run_stages(run: MonthRun, flags: Flags) -> "Summary":
         except RuntimeError as error:
             if stopped := stage_error(error):
                 report.stopped(run, stage.name, stopped)
-                log.info("why: %s", run.storage.url(f"{run.folder}/report.html"))
             raise
     lines = drift.headlines(run.storage, run.month, run.id)
     log.info("%s", "\n".join([*lines, ledger.show(run.storage.read_json(f"{run.folder}/ledger.json"))]))

@@ -81,23 +81,21 @@ def distribution(edges: np.ndarray, series: dict[str, np.ndarray], told: str) ->
     return _svg("distribution", told, 2.8, draw)
 
 
-def intervals(name: str, labels: Sequence[str], series: dict[str, Sequence[Interval | None]], at: float, label: str, told: str) -> str:
-    """Dots with intervals, a line each: of each of up to two series a value for each label; `at` is where nothing differs."""
+def intervals(name: str, labels: Sequence[str], values: Sequence[Interval | None], at: float, label: str, told: str) -> str:
+    """Dots with intervals, a line each; `at` is where nothing differs: 1 for ratios, 0 for relative differences, which are shown in %."""
 
     def draw(axes: Axes) -> None:
         places = np.arange(len(labels))
+        middle, error = _with_error(values)
         axes.axvline(at, color=_INK, linewidth=1, linestyle="--")
-        for i, ((legend, values), colour, marker) in enumerate(zip(series.items(), (_A, _B), "os", strict=False)):
-            middle, error = _with_error(values)
-            y = places + (0.16 if i else -0.16) * (len(series) > 1)
-            axes.errorbar(middle, y, xerr=error, fmt=marker, color=colour, markersize=5, linewidth=1.5, label=legend)
+        axes.errorbar(middle, places, xerr=error, fmt="o", color=_A, markersize=5, linewidth=1.5)
         axes.set_yticks(places, [_short(text) for text in labels])
         axes.set_ylim(len(labels) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
         axes.xaxis.set_major_locator(MaxNLocator(5))
+        if not at:
+            axes.xaxis.set_major_formatter(FuncFormatter(_percent))
         axes.set(xlabel=label)
-        if len(series) > 1:
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
 
     return _svg(name, told, 0.9 + 0.3 * len(labels), draw)
 
@@ -201,7 +199,7 @@ def _logarithmic(axes: Axes, axis: matplotlib.axis.Axis) -> None:
 
 
 def _percent(value: float, _: int = 0) -> str:
-    return f"{value * 100:g} %"
+    return f"{value * 100:.4g} %"
 
 
 def _short(text: str, most: int = 26) -> str:

@@ -59,7 +59,7 @@ def collect(run: MonthRun, status: str, verdict: str) -> dict[str, Any]:
     tables = [*(moves["tables"] if moves else []), *([faults["examples"]] if faults else [])]
     wanted = {cell.creative for table in tables for row in table.rows for cell in row if cell.creative}
     wanted |= {row["creative"] for rows in galleries.values() for row in rows}
-    drift, realised = (run.storage.read_json(f"{run.folder}/{name}.json") for name in ("drift", "realised"))
+    drift, realised, shift = (run.storage.read_json(f"{run.folder}/{name}.json") for name in ("drift", "realised", "shift"))
     alarms = [realised["verdict"]] if realised and realised["action"] != "ok" else []
     alarms += drift["alarms"] if drift else []
     return {
@@ -67,6 +67,7 @@ def collect(run: MonthRun, status: str, verdict: str) -> dict[str, Any]:
         "flow": _flow(left),
         "gate": sections.gate(run.storage, left.evaluation) if left.evaluation else None,
         "scores": sections.distribution(scored, before) if scored else None,
+        "shift": shift["sentence"] if shift else "",
         "moved": moves,
         "creatives": {name: [sections.creative(row) for row in rows] for name, rows in galleries.items()} or None,
         "evidence": sections.evidence(scored) if scored else None,
@@ -111,7 +112,8 @@ def _numbers(left: _Left, scored: Month | None, before: Month | None, realised: 
     metrics = info["metrics"].get(CANDIDATE if info.get("promoted") else CHAMPION, {})
     overall = next((row for row in info.get("compared", ()) if row["segment"] == OVERALL), None)
     against = f"candidate {overall['difference']:+.2%} against champion; less is better" if overall else "less is better"
-    judged, which = (sections.overall(realised), f"realised in {realised['month']}") if realised else (metrics, "on gate rows")
+    found = sections.overall(realised)
+    judged, which = (found, f"realised in {realised['month']}") if realised and found else (metrics, "on gate rows")
     entropy, calibration = metrics.get("normalized_entropy"), judged.get("calibration")
     ends = f"; 95 %: {judged['calibration_low']:.3f} to {judged['calibration_high']:.3f}" if judged.get("calibration_low") else ""
     return [
@@ -247,8 +249,8 @@ def index(storage: Storage) -> dict:
     for run in reversed(all_runs(storage)):
         summary, folder = read(storage, run.month, run.id), lake.run_folder(run.month, run.id)
         realised = storage.read_json(f"{folder}/realised.json")
-        if realised and (realised["month"] not in judged):
-            judged[realised["month"]] = sections.overall(realised)
+        if (found := sections.overall(realised)) and realised["month"] not in judged:
+            judged[realised["month"]] = found
         # What was published when its page was made may have been replaced since.
         replaced = run.published and lake.publications(storage, run.month)[-1].run != run.id
         unread = PUBLISHED if run.published else UNFINISHED

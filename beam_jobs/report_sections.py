@@ -60,17 +60,17 @@ def number(value: float | None, form: str = ",.0f", **more: Any) -> Cell:
     return Cell("–" if value is None else format(value, form), value, **more)
 
 
-def ends(values: Mapping[str, Any], name: str) -> plots.Interval:
-    """A value with the ends of its interval."""
-    return values[name], values[f"{name}_low"], values[f"{name}_high"]
+def ends(values: Mapping[str, Any] | None, name: str) -> plots.Interval:
+    """A value with the ends of its interval; None where there is none."""
+    return (values[name], values[f"{name}_low"], values[f"{name}_high"]) if values else (None, None, None)
 
 
-def overall(realised: Mapping[str, Any]) -> dict[str, Any]:
-    """Of realised quality the row of all impressions."""
-    return next(row for row in realised["rows"] if row["value"] is None)
+def overall(realised: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Of realised quality the row of all impressions; None where there was nothing to judge by."""
+    return next((row for row in realised["rows"] if row["value"] is None), None) if realised else None
 
 
-def interval(values: Mapping[str, Any], name: str, form: str) -> Cell:
+def interval(values: Mapping[str, Any] | None, name: str, form: str) -> Cell:
     value, low, high = ends(values, name)
     told = "" if low is None or high is None else f" ({low:{form}} to {high:{form}})"
     return Cell("–" if value is None else f"{value:{form}}{told}", value)
@@ -91,28 +91,20 @@ def gate(storage: Storage, evaluation: Manifest) -> dict:
     lines = []
     for key in [*fixed, *others][:TABLE_LINES]:
         ours, theirs, against = judged[CANDIDATE, *key], judged.get((CHAMPION, *key)), compared.get(key)
-        difference = (
-            {f"difference{end}": against[name] for end, name in (("", "difference"), ("_low", "low"), ("_high", "high"))}
-            if against
-            else None
-        )
-        entropies = [interval(row, "normalized_entropy", ".4f") if row else number(None) for row in (ours, theirs)]
-        last = [interval(difference, "difference", "+.2%") if difference else number(None), interval(ours, "calibration", ".3f")]
-        lines.append([Cell(named(*key)), number(ours["clicks"]), *entropies, *last])
+        entropies = [interval(row, "normalized_entropy", ".4f") for row in (ours, theirs)]
+        rest = (interval(against, "difference", "+.2%"), interval(ours, "calibration", ".3f"))
+        lines.append([Cell(named(*key)), number(ours["clicks"]), *entropies, *rest])
     columns = ("segment", "clicks", "NE of the candidate", "NE of the champion", "difference", "calibration")
     shown, charts = [*fixed, *others][:_CHART_LINES], []
-    names = [named(*key) for key in shown]
     if compared:
-        values = [(row["difference"] * 100, row["low"] * 100, row["high"] * 100) if (row := compared.get(key)) else None for key in shown]
-        told = (
-            "How much more normalized entropy the candidate has than the champion, by segment, with 95 % intervals; below 0 it is better."
-        )
-        charts.append(Chart(Markup(plots.intervals("gate", names, {"candidate": values}, 0, "difference in %", told)), told, None))
-    elif shown:
-        found = [ends(judged[CANDIDATE, *key], "normalized_entropy") for key in shown]
+        values, at, label = [ends(compared.get(key), "difference") for key in shown], 0.0, "difference of normalized entropy"
+        told = "How much more normalized entropy the candidate has than the champion, by segment, with 95 % intervals; below 0 is better."
+    else:
+        values, at, label = [ends(judged[CANDIDATE, *key], "normalized_entropy") for key in shown], 1.0, "normalized entropy"
         told = "Normalized entropy of the candidate by segment, with 95 % intervals; below 1 it is better than the mean click rate."
-        values = [value if value[0] is not None else None for value in found]
-        charts.append(Chart(Markup(plots.intervals("gate", names, {"candidate": values}, 1, "normalized entropy", told)), told, None))
+    if shown:
+        svg = plots.intervals("gate", [named(*key) for key in shown], values, at, label, told)
+        charts.append(Chart(Markup(svg), told, None))
     if bins := {name: found for name in (CANDIDATE, CHAMPION) if (found := info.get("reliability", {}).get(name))}:
         told = "Reliability on the gate rows: predicted and actual click rate in bins of equal impressions, on the dashed line where they "
         told += "agree. Whiskers: 95 %, by the number of clicks alone."
@@ -130,7 +122,7 @@ def distribution(scored: Month, before: Month | None) -> Chart:
     months = [scored, *([before] if before else [])]
     told = f"How the probabilities of {scored.month} are spread" + (f", against {before.month}. " if before else ". ")
     told += "; ".join(f"{month.month}: {month.rows:,} ads, mean {month.mean:.3%}" for month in months) + "."
-    # Coarser in the table: four bins of the chart.
+    # Coarser in the table: five bins of the chart.
     coarse = {month.month: month.histogram.reshape(-1, 5).sum(axis=1) for month in months}
     there = [i for i in range(len(EDGES) // 5) if any(counts[i] for counts in coarse.values())]
     cells = [
@@ -147,25 +139,14 @@ def moved(moved: Moved, before: Month) -> dict:
     def change(row: Mapping[str, Any], now: str) -> list[Cell]:
         return [number(row["before"], ".2%"), number(row[now], ".2%"), number(row[now] - row["before"], "+.2%")]
 
-    columns = ("ad", before.month, "now", "change", "trained on")
-    keys = [
-        Table(
-            name,
-            columns,
-            [[Cell(row["key"], creative=row["creative"]), *change(row, "p_click"), number(row["evidence_key"])] for row in rows],
-        )
-        for name, rows in (("Ads that rose most", moved.up), ("Ads that fell most", moved.down))
-    ]
-    groups = [
-        Table(
-            f"By {name}, mean p_click",
-            (name, before.month, "now", "change", "ads"),
-            [[Cell(str(row["value"]), creative=row["creative"]), *change(row, "mean"), number(row["ads"])] for row in rows],
-        )
-        for name, rows in moved.groups.items()
-        if rows
-    ]
-    return {"told": told, "tables": [*keys, *groups]}
+    tables, columns = [], ("ad", before.month, "now", "change", "trained on")
+    for name, rows in (("Ads that rose most", moved.up), ("Ads that fell most", moved.down)):
+        lines = [[Cell(row["key"], creative=row["creative"]), *change(row, "p_click"), number(row["evidence_key"])] for row in rows]
+        tables.append(Table(name, columns, lines))
+    for name, rows in moved.groups.items():
+        lines = [[Cell(str(row["value"]), creative=row["creative"]), *change(row, "mean"), number(row["ads"])] for row in rows]
+        tables += [Table(f"By {name}, mean p_click", (name, before.month, "now", "change", "ads"), lines)] if lines else []
+    return {"told": told, "tables": tables}
 
 
 def creative(row: Mapping[str, Any]) -> dict:
@@ -268,13 +249,15 @@ def realised(realised: Mapping[str, Any]) -> dict:
         ]
         for row in realised["rows"][:TABLE_LINES]
     ]
-    told = f"{realised['month']}, as run {realised['run']} published it, by what then happened: {realised['verdict']}"
-    told += f" {realised['matched_share']:.1%} of its ads have outcomes."
+    told = f"Not judged: {realised['verdict']}."
+    if realised["rows"]:
+        told = f"{realised['month']}, as run {realised['run']} published it, by what then happened: {realised['verdict'].rstrip('.')}. "
+        told += f"{realised['matched_share']:.1%} of the impressions are of ads that it had scored."
     shown = realised["rows"][:_CHART_LINES]
     values = [ends(row, "calibration") for row in shown]
     text = "Calibration, predicted over actual clicks, by segment, with 95 % intervals; at 1 they agree."
     names = [named(row["segment"], row["value"]) for row in shown]
-    svg = plots.intervals("realised", names, {"realised": values}, 1, "calibration", text) if shown else ""
+    svg = plots.intervals("realised", names, values, 1.0, "calibration", text) if shown else ""
     columns = ("segment", "impressions", "clicks", "normalized entropy", "calibration")
     chart = Chart(Markup(svg), text, None) if svg else None
     return {"told": told, "chart": chart, "table": Table("By segment", columns, lines)}

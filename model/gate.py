@@ -152,8 +152,9 @@ def compared(evaluation: Evaluation) -> list[dict[str, Any]]:
     for (segment, value), part in evaluation.slices.items():
         difference, error = log_ratio(part.loss(candidate), part.loss(champion))
         if math.isfinite(error):
-            low, middle, high = (math.expm1(difference + z * error) for z in (-Z_TWO_SIDED, 0, Z_TWO_SIDED))
-            found.append({"segment": segment, "value": value, "difference": middle, "low": low, "high": high})
+            ends = {"": 0.0, "_low": -Z_TWO_SIDED, "_high": Z_TWO_SIDED}
+            relative = {f"difference{end}": math.expm1(difference + z * error) for end, z in ends.items()}
+            found.append({"segment": segment, "value": value, **relative})
     return found
 
 

@@ -60,7 +60,9 @@ def started(folder: pathlib.Path) -> Iterator[Browser]:
     environment = {**os.environ, "LD_LIBRARY_PATH": str(folder / "lib"), "FONTCONFIG_FILE": str(folder / "fonts.conf")}
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=folder / "chromium", args=["--no-sandbox", "--disable-gpu"], env={**environment}
+            executable_path=folder / "chromium",
+            args=["--no-sandbox", "--disable-gpu", "--disable-software-rasterizer"],
+            env={**environment},
         )
         yield browser
         browser.close()

@@ -105,8 +105,13 @@ def test_calibration_error_is_on_twenty_bins_of_equal_impressions() -> None:
     order = np.argsort(probability, kind="stable")
     group = np.minimum((np.cumsum(impressions[order]) - 1) * 20 // impressions.sum(), 19)
     off = np.bincount(group, (impressions * probability * 1.3 - clicks)[order])
-    found = judged(clicks, impressions, np.minimum(probability * 1.3, 0.999)).overall.metrics(0)["ece"]
-    assert found == pytest.approx(np.abs(off).sum() / impressions.sum(), rel=0.02)
+    overall = judged(clicks, impressions, np.minimum(probability * 1.3, 0.999)).overall
+    assert overall.metrics(0)["ece"] == pytest.approx(np.abs(off).sum() / impressions.sum(), rel=0.02)
+    shown, clicked, predicted = np.array(overall.reliability(0)).T
+    assert len(shown) == 20 and shown == pytest.approx(np.full(20, shown.mean()), rel=0.25)
+    assert (shown.sum(), clicked.sum()) == (impressions.sum(), clicks.sum()) and (np.diff(predicted / shown) > 0).all()
+    assert clicked / shown == pytest.approx(np.bincount(group, clicks[order]) / np.bincount(group, impressions[order]), rel=0.1)
+    assert judged(clicks[:0], impressions[:0], probability[:0]).overall.reliability(0) == []
 
 
 def test_impressions_of_their_own_are_the_same_as_summed_rows() -> None:

@@ -14,7 +14,19 @@ import numpy as np
 import pytest
 
 from model.evaluation import REPLICATES, Evaluation, Segment, Slice, evaluate
-from model.gate import BASE_RATE, CANDIDATE, CHAMPION, EARLIER_CHAMPION, FIRST, INSUFFICIENT, KEPT, PROMOTED, verdict, worse_segments
+from model.gate import (
+    BASE_RATE,
+    CANDIDATE,
+    CHAMPION,
+    EARLIER_CHAMPION,
+    FIRST,
+    INSUFFICIENT,
+    KEPT,
+    PROMOTED,
+    compared,
+    verdict,
+    worse_segments,
+)
 from schemas import sample
 
 LONG = bool(os.environ.get("ADSTOCRAT_LONG"))
@@ -227,3 +239,14 @@ def test_segments_are_tested_by_holms_method(z: tuple[float, ...], worse: set[in
     few = dataclasses.replace(differing(9), sums=np.where(np.arange(8) == 1, 399, differing(9).sums))
     tested, found = worse_segments(Evaluation((CANDIDATE, CHAMPION), {**slices, ("segment", "few"): few, OVERALL: differing(9)}))
     assert tested == len(z) and {int(value or "") for _, value in found} == worse
+
+
+def test_slices_are_told_against_the_champion_with_their_intervals() -> None:
+    few = dataclasses.replace(differing(1), sums=np.zeros((1 + REPLICATES, 8)))
+    models = (CANDIDATE, CHAMPION)
+    (found,) = compared(Evaluation(models, {OVERALL: differing(2.0), ("segment", "none"): few}))
+    assert (found["segment"], found["value"]) == OVERALL
+    middle = math.log(1.01) + 0.003 * 2
+    for end, z in (("", 0), ("_low", -1.96), ("_high", 1.96)):
+        assert math.log1p(found[f"difference{end}"]) == pytest.approx(middle + 0.003 * z, abs=1e-6)
+    assert compared(Evaluation((CANDIDATE, BASE_RATE), {OVERALL: differing(0)})) == []

@@ -195,6 +195,22 @@ def test_without_a_month_before_it_says_so(world: World, runs: tuple[MonthRun, M
     assert "There is no earlier month to compare with." in page and page.count("Not compared yet") == 2 and "no month before" in page
 
 
+def test_a_month_without_outcomes_or_a_month_before_is_not_judged(tmp_path: pathlib.Path) -> None:
+    """What is written of drift and of realised quality where there is nothing to compare with."""
+    world = reported.world(tmp_path, 500)
+    run = world.make(THIS)
+    for name, told in (
+        ("drift", {"previous": None, "compared": [], "alarms": []}),
+        ("realised", {"month": None, "run": None, "matched_share": 0.0, "unmatched": {}, "rows": [], "verdict": "no run", "action": "ok"}),
+        ("shift", {"sentence": f"mean p_click {HOSTILE}"}),
+    ):
+        world.storage.write(f"{run.folder}/{name}.json", json.dumps(told).encode())
+    summary, page = report.write(run), text_of(page_of(world, run))
+    assert summary.alarms == [] and summary.numbers[3].note.startswith("on gate rows")
+    assert "Not judged: no run." in page and f"Mean p_click {HOSTILE}." in page
+    assert "Not compared yet" in path_of(world, report.INDEX).read_text()
+
+
 def test_the_page_tells_kept_replaced_stopped_and_unfinished(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     world = reported.world(tmp_path, 500)
     kept = world.make(LAST, promoted=False)
