@@ -42,7 +42,8 @@ class Settings:
         replay: share of the rows of months that the parent has learnt from which a refresh reads, others in each epoch.
         rate: highest learning rate.
         patience: epochs without a better TUNE loss before training stops.
-        hidden_categories, hidden_images: shares of the values and of the images that training hides.
+        hidden_categories, hidden_images, hidden_creatives: shares of the values, of the images, and of what is known of a creative beside
+            its image, that training hides.
         negatives: share of the impressions without a click that is learnt from.
     """
 
@@ -56,6 +57,7 @@ class Settings:
     patience: int = 3
     hidden_categories: float = 0.05
     hidden_images: float = 0.1
+    hidden_creatives: float = 0.1
     negatives: float = 1.0
 
 
@@ -123,14 +125,17 @@ def train_ranker(
     kind = "scratch" if not start else "refresh" if start.same_encoder else "refresh with a new encoder"
     progress(f"{kind}: {found.rows:,} rows, {found.clicks:,.0f} clicks in {found.impressions:,.0f} impressions; no two values share an id")
     summary, levels, tune = fit_rows(model, examples, found, seed, settings, epochs, settings.rate, progress, replay, first)
-    if contract.position:
-        effect = model.get_layer("position_effect")
-        weights = effect.get_weights()[0]
-        within = position.within_keys(_without_position(model, examples, found, levels), weights[:, 0])
-        effect.set_weights([within.astype(np.float32)[:, None]])
-    logits = np.concatenate([np.zeros(0)] + [logits_of(model, batch, levels) for batch in tune])
-    outcome = {name: np.concatenate([np.zeros(0)] + [batch[name] for batch in tune]) for name in ("clicks", "impressions")}
-    slope, shift = calibration.fit(logits, outcome["clicks"], outcome["impressions"])
+    layer = model.get_layer("position_effect") if contract.position else None
+    effects = layer.get_weights()[0][:, 0] if layer else np.zeros(1)
+    none = [(np.zeros(0), np.zeros((0, len(effects))), np.zeros(0), np.zeros(0))]
+    fitted = [(*_without_position(model, batch, levels), batch["clicks"], batch["impressions"]) for batch in tune] or none
+    rest, hats, clicks, impressions = (np.concatenate(column) for column in zip(*fitted, strict=True))
+    if layer:
+        # Where training was short, what it learnt of the position is as much too small as all the rest.
+        scale, _ = calibration.fit(rest + hats @ effects, np.zeros(len(rest)), clicks, impressions)
+        effects = position.within_keys(_by_key(model, examples, found, levels), scale * effects)
+        layer.set_weights([effects.astype(np.float32)[:, None]])
+    slope, shift = calibration.fit(rest, hats @ effects, clicks, impressions)
     newest = float(levels[-1]) + shift / slope
     model.get_layer("calibration").set_weights([np.array([[slope]], np.float32), np.array([slope * newest], np.float32)])
     spec = {
@@ -184,16 +189,24 @@ def _warm_start(model: Any, start: Parent, found: Survey) -> None:
     model.get_layer("calibration").set_weights([np.ones((1, 1), np.float32), np.zeros(1, np.float32)])
 
 
-def _without_position(
+def _by_key(
     model: Any, examples: Examples, found: Survey, levels: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """TRAIN rows as `position.within_keys` wants them."""
-    effects = model.get_layer("position_effect").get_weights()[0][:, 0]
-    for arrays, split, rows in labelled(examples, found, 0, np.random.default_rng(0), {}):
-        train, hats = split == splits.TRAIN, arrays["position"]
-        logits = [logits_of(model, batch, levels) for batch in minibatches([arrays], ranker.BATCH, 0, None)]
-        rest = np.concatenate(logits)[: len(rows)] - hats @ effects
-        yield tuple(array[train] for array in (hashes_of_rows(rows["key"], "key"), arrays["clicks"], arrays["impressions"], rest, hats))
+    """TRAIN and TUNE rows as `position.within_keys` wants them, without history: a key's has its earlier positions in it."""
+    for arrays, _, rows in labelled(examples, found, 0, np.random.default_rng(0), {}):
+        bare = {**arrays, "history": np.zeros_like(arrays["history"])}
+        rest = [_without_position(model, batch, levels)[0] for batch in minibatches([bare], ranker.BATCH, 0, None)]
+        logits = np.concatenate(rest)[: len(rows)]
+        yield hashes_of_rows(rows["key"], "key"), arrays["clicks"], arrays["impressions"], logits, arrays["position"]
+
+
+def _without_position(model: Any, batch: Arrays, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Log-odds of a batch of `labelled` rows without the position's effect, float32 (rows,), and its hats, (rows, hats)."""
+    if "position" not in batch:
+        return logits_of(model, batch, levels), np.zeros((len(batch["clicks"]), 1))
+    return logits_of(model, batch, levels) - batch["position"] @ model.get_layer("position_effect").get_weights()[0][:, 0], batch[
+        "position"
+    ]
 
 
 def logits_of(model: Any, batch: Arrays, levels: np.ndarray) -> np.ndarray:
@@ -272,9 +285,11 @@ def fit_rows(
             if "categorical" in batch:
                 batch["categorical"][rng.random(batch["categorical"].shape, np.float32) < settings.hidden_categories] = UNKNOWN
             if "embedding" in batch:
-                shown = rng.random((size, 1), np.float32) >= settings.hidden_images
+                # A row with a creative that was never seen has an embedding alone, and that is what the trained unknown is for.
+                drawn = rng.random((size, 1), np.float32)
+                shown, known = drawn >= settings.hidden_images, drawn >= settings.hidden_images + settings.hidden_creatives
                 batch |= {"embedding": batch["embedding"] * shown, "has_image": batch["has_image"] * shown}
-                batch["creative"] = np.where(shown, batch["creative"], UNKNOWN)
+                batch["creative"] = np.where(known, batch["creative"], UNKNOWN)
             yield batch
         if epoch == 0:
             tune[:] = minibatches(tune[:], ranker.BATCH, 0, None)
