@@ -105,6 +105,12 @@ class Seed:
         train_ranker(self.examples(window, embeddings), CONTRACT, self.seed, folder, "e", digest, start, lambda line: None, settings)
         return time.process_time() - started
 
+    def trained(self, embeddings: pa.Array, name: str = "ranker", settings: Settings | None = None) -> str:
+        """The name of a ranker of all months, which is trained unless it is there."""
+        if not (self.work / name / "spec.json").exists():
+            self.ranker(self.months, embeddings, name, settings)
+        return name
+
     def predict(self, embeddings: pa.Array, name: str = "ranker", at_reference: bool = False, rows: pa.Table | None = None) -> np.ndarray:
         """Probabilities of the last month's gate rows, or of other rows of it."""
         ranker = model.load(self.work / name)
@@ -161,7 +167,6 @@ def ladder(seeds: list[Seed]) -> None:
         given = min(peers.regression(properties), peers.trees(properties), key=lambda pair: pair[0])[1]
         order = np.random.default_rng(seed.seed).permutation(len(seed.creatives))
         permuted = seed.embeddings(seed.months, "permuted-encoder", order)
-        seed.ranker(seed.months, permuted, "permuted-ranker")
         rungs = {
             "base rate": np.full(len(gate.truth), gate.base_rate),
             "columns": peers.regression(None)[1],
@@ -169,7 +174,7 @@ def ladder(seeds: list[Seed]) -> None:
             "ours": seed.predict(seed.embeddings(seed.months)),
             "planted properties": given,
             "truth": gate.truth,
-            "images permuted": seed.predict(permuted, "permuted-ranker"),
+            "images permuted": seed.predict(permuted, seed.trained(permuted, "permuted-ranker")),
         }
         for name, p in rungs.items():
             told = {f"loss {part}": gate.loss(p, part) for part in ("all", "warm", "cold")}
@@ -248,8 +253,8 @@ def negatives(seeds: list[Seed]) -> None:
     change = []
     for seed in seeds:
         embeddings = seed.embeddings(seed.months)
-        seed.ranker(seed.months, embeddings, "thinned", dataclasses.replace(Settings(), negatives=0.2))
-        change.append(seed.gate.loss(seed.predict(embeddings, "thinned")) / seed.gate.loss(seed.predict(embeddings)) - 1)
+        thinned = seed.trained(embeddings, "thinned", dataclasses.replace(Settings(), negatives=0.2))
+        change.append(seed.gate.loss(seed.predict(embeddings, thinned)) / seed.gate.loss(seed.predict(embeddings)) - 1)
     bar("NE against all rows (<= +0.002)", float(np.mean(change)), np.mean(change) <= 0.002, change)
     calibration(seeds, "thinned")
 
@@ -318,8 +323,7 @@ def main() -> int:
         if set(only) & {"ladder", "calibration", "position", "negatives"}:
             seeds = [Seed(work, number) for number in numbers]
             for seed in seeds:
-                if not (seed.work / "ranker" / "spec.json").exists():
-                    seed.ranker(seed.months, seed.embeddings(seed.months))
+                seed.trained(seed.embeddings(seed.months))
             parts: dict[str, Callable[[list[Seed]], None]] = {
                 "ladder": ladder, "calibration": calibration, "position": position, "negatives": negatives,
             }  # fmt: skip

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 import model
-from model import encoder, golden, splits, training
+from model import encoder, features, golden, splits, training
 from model.ranker import BATCH, Ranker
 from schemas.contract import Column, Contract
 
@@ -145,6 +145,19 @@ def test_what_a_folder_says(trained: tuple[pathlib.Path, dict[str, Any]], loaded
     assert loaded.base_rate == pytest.approx(summary["clicks"] / summary["impressions"])
     assert (loaded.encoder_version, loaded.encoder_digest) == ("v1", "d")
     assert loaded.fingerprint == CONTRACT.fingerprint
+
+
+def test_values_that_find_no_room_are_counted(tmp_path: pathlib.Path, batch: pa.RecordBatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    settings = training.Settings(epochs=1, max_epochs=1)
+    told = []
+    for most in (1000, 5):
+        monkeypatch.setattr(features, "MAX_VALUES", most)
+        arguments = (source(batch), CONTRACT, 3, tmp_path / str(most), "v1", "d", None, lines.append, settings)
+        told.append(training.train_ranker(*arguments)["values_sharing_an_id"])
+    # Five of ten campaigns.
+    assert told == [0.0, pytest.approx(0.5, abs=0.02)]
+    assert lines[-1] == f"values that share an id, in the column with the most: {told[1]:.2%} of impressions"
 
 
 def test_repeat_is_bit_equal_and_gate_outcomes_never_matter(trained: tuple[pathlib.Path, dict[str, Any]], tmp_path: pathlib.Path) -> None:
