@@ -28,6 +28,7 @@ from beam_jobs.arrow import CommitStage, Repartition, ShardPair, Unit, pair_shar
 from beam_jobs.config import Config
 from beam_jobs.run import MonthRun
 from beam_jobs.workers import Listed
+from model.features import is_mature
 from schemas import lake
 from schemas.csv_records import Layout, is_packed
 from schemas.hashing import hash64_column, salted, shard_of_column
@@ -96,7 +97,7 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun) -> None:
     )
     rows = read.rows | "ShardByImage" >> Repartition(run.storage, run.spill, shards, assign)
     dropped = later | "ShardDuplicates" >> Repartition(run.storage, run.spill, shards, duplicates.shard_of_row, unit_rows=None)
-    written = pair_shards(rows, dropped) | "WriteRows" >> beam.Map(write_rows, run.storage, folder).with_output_types(Receipt)
+    written = pair_shards(rows, dropped) | "WriteRows" >> beam.Map(write_rows, run, folder).with_output_types(Receipt)
     info = {"shards": shards, "contract": run.contract.fingerprint}
     _ = (files, written) | beam.Flatten() | "CommitRows" >> CommitStage(run.storage, folder, "ingest", info)
 
@@ -201,17 +202,20 @@ def shard_of_rows(batch: pa.RecordBatch, image: str | None, shards: int) -> np.n
     return np.where(batch[image].is_null().to_numpy(zero_copy_only=False), by_key, shard_of_image(batch[image], shards))
 
 
-def write_rows(pair: ShardPair, storage: Storage, folder: str) -> Receipt:
+def write_rows(pair: ShardPair, run: MonthRun, folder: str) -> Receipt:
     """Write a unit's rows but for duplicates, in the order of a hash of their keys: the same whatever the bundles were, and shuffled."""
-    table = read_table(storage, pair.left)
-    dropped = read_table(storage, pair.right, duplicates.KEYED)["origin"].to_numpy()
+    table = read_table(run.storage, pair.left)
+    dropped = read_table(run.storage, pair.right, duplicates.KEYED)["origin"].to_numpy()
     if len(dropped):
         table = table.filter(pa.array(~np.isin(table["origin"].to_numpy(), dropped)))
     table = table.drop_columns("origin").combine_chunks()
     keys = table["key"].combine_chunks()
     order = np.lexsort((np.arange(len(keys)), hash64_column(keys, salted("order"))))
     batches = table.take(pa.array(order)).to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
-    return write_parquet(storage, folder, f"shard/{pair.left[0].name}", batches, {"ingested": table.num_rows})
+    counts = {"ingested": table.num_rows}
+    if run.contract.mature_before:
+        counts["too young"] = int(np.count_nonzero(~is_mature(table, run.contract, lake.month_number(run.month))))
+    return write_parquet(run.storage, folder, f"shard/{pair.left[0].name}", batches, counts)
 
 
 def estimated_rows(storage: Storage, files: tuple[Entry, ...]) -> int:
