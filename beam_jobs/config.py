@@ -36,6 +36,11 @@ class Config:
         "months 3",
         affects_model=True,
     )
+    encoder_backbone: str = _setting(
+        "`NETWORK FILE`: a network of keras.applications that the encoder is built on, and its weights, a file in the lake; '' for none",
+        "",
+        affects_model=True,
+    )
     train_mode: str = _setting("`refresh` the champion, from `scratch`, or `auto`: scratch when the contract has changed", "auto", True)
     train_negatives: float = _setting("share of the impressions without a click that is learnt from", 1.0, affects_model=True)
     ingest_ready: str = _setting(
@@ -114,6 +119,11 @@ class Config:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected a price, a number of at least 0")
         if not isinstance(self.encoder_refresh, str) or not re.fullmatch(r"never|drift|months [1-9]\d*", self.encoder_refresh):
             raise ConfigError(f"encoder_refresh is {self.encoder_refresh!r}; expected `never`, `drift`, or `months` and a number such as 3")
+        if not isinstance(self.encoder_backbone, str) or len(self.encoder_backbone.split()) not in (0, 2):
+            raise ConfigError(
+                f"encoder_backbone is {self.encoder_backbone!r}; expected a network and a file in the lake, such as "
+                "`MobileNetV3Small backbones/small.weights.h5`"
+            )
         if self.train_mode not in ("refresh", "scratch", "auto"):
             raise ConfigError(f"train_mode is {self.train_mode!r}; expected refresh, scratch or auto")
         if isinstance(self.train_negatives, bool) or not isinstance(self.train_negatives, int | float) or not 0 < self.train_negatives <= 1:

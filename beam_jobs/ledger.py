@@ -49,6 +49,8 @@ def take(run: MonthRun) -> dict[str, Any]:
         "images decoded": packs.count("decoded"),
         "creatives embedded": embedded.count("embedded") if embedded else 0,
     }
+    if run.contract.mature_before:
+        counts["too young"] = rows.count("too young")
     # Requests to storage that were made again, in the stages and in this process since: compared with nothing.
     gathered = lake.read_manifest(run.storage, lake.embeddings_folder(scores.info["encoder"], run.month, run.id))
     told = [manifest.count("retries") for manifest in (rows, packs, index, embedded, gathered, scores, lookup) if manifest]
@@ -112,6 +114,7 @@ def show(ledger: Mapping[str, Any]) -> str:
             f"  images   {counts['images']:,} delivered, {counts['images fetched']:,} fetched, {counts['images decoded']:,} decoded, "
             f"{counts['creatives embedded']:,} embedded",
             f"  status   image: {each(ledger['image_status'])}; score: {each(ledger['score_status'])}",
+            *([f"  young    {counts['too young']:,} rows, scored and neither learnt from nor judged by"] if "too young" in counts else []),
             *([f"  storage  {counts['retries']:,} requests made again"] if counts.get("retries") else []),
             *([f"  gate     {ledger['gate']['status']}: {ledger['gate']['why']}"] if ledger["gate"] else []),
             *([f"  used     {_used(ledger['used'])}"] if ledger.get("used") else []),

@@ -6,6 +6,7 @@
 Writes `models/encoder/<month>-<run>/` where it is due, and `models/ranker/<month>-<run>/`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -46,7 +47,7 @@ def train_encoder(run: MonthRun) -> Manifest:
     from model import encoder_training, tensorflow
 
     tensorflow.load()
-    with registry.local_folder() as folder:
+    with registry.local_folder() as folder, _backbone(run) as backbone:
         summary = _learnt(
             run,
             lambda: encoder_training.train_encoder(
@@ -56,12 +57,25 @@ def train_encoder(run: MonthRun) -> Manifest:
                 run.config.seed,
                 pathlib.Path(folder),
                 lambda line: log.info("  encoder: %s", line),
+                backbone=backbone,
             ),
         )
         if summary["mode"] == "none" and run.champion:
             # Rows are embedded and scored all the same, by the champion: this is its encoder once more.
             registry.fetch(run.storage, "encoder", run.champion.encoder, pathlib.Path(folder))
         return _commit(run, "encoder", folder, {"training": summary})
+
+
+@contextlib.contextmanager
+def _backbone(run: MonthRun) -> Iterator[tuple[str, pathlib.Path] | None]:
+    if not run.config.encoder_backbone:
+        yield None
+        return
+    name, file = run.config.encoder_backbone.split()
+    if file not in run.storage.names(file):
+        raise StageError(f"encoder_backbone is {run.config.encoder_backbone!r}, and {run.storage.url(file)} is not there")
+    with run.storage.local(file) as path:
+        yield name, path
 
 
 def train_ranker(run: MonthRun) -> Manifest:

@@ -5,6 +5,8 @@ standardised over the creatives it was trained on. Scaling is inside the model, 
 """
 
 import pathlib
+import sys
+import warnings
 from typing import Any
 
 import numpy as np
@@ -17,22 +19,20 @@ _BATCH = 256
 _SHIFT = 3
 
 
-def build(dropout: float = 0.3) -> Any:
+def build(dropout: float = 0.3, backbone: tuple[str, pathlib.Path] | None = None) -> Any:
     """The untrained network: uint8 (n, 64, 64, 3) -> {"logit": float32 (n, 1), "embedding": float32 (n, EMBEDDING_WIDTH)}.
 
-    `logit` is the effect of the image on the log-odds of a click; the embedding's last coordinate is the same, standardised.
+    `logit` is the effect of the image on the log-odds of a click; the embedding's last coordinate is the same, standardised. With a
+    backbone, one of `keras.applications` and the file of its weights, what is trained begins behind it.
+
+    Raises:
+        ValueError: no such backbone, or weights that are not its own.
     """
     import keras
 
     layers = keras.layers
     pixels = keras.Input((THUMBNAIL_SIZE, THUMBNAIL_SIZE, 3), dtype="uint8", name="thumbnail")
-    x = layers.Rescaling(1 / 127.5, -1)(pixels)
-    # At half the resolution strokes and eyes are still there; batch normalisation makes training several times faster.
-    for number, (filters, size, strides) in enumerate(((16, 4, 2), (32, 3, 1), (48, 3, 1), (64, 3, 1))):
-        x = layers.Conv2D(filters, size, strides, padding="same", use_bias=False, kernel_initializer="he_normal")(x)
-        x = layers.Activation("relu")(layers.BatchNormalization(momentum=0.98)(x))
-        if number in (1, 2):
-            x = layers.MaxPool2D()(x)
+    x = _pretrained(pixels, *backbone) if backbone else _convolutions(pixels)
     # The mean says how much of something there is (clutter, text), the maximum whether it is there at all (a face, a button).
     x = layers.Concatenate()([layers.GlobalAveragePooling2D()(x), layers.GlobalMaxPooling2D()(x)])
     x = layers.Dropout(dropout)(x)
@@ -42,6 +42,38 @@ def build(dropout: float = 0.3) -> Any:
     # Never trained: `standardise` sets its mean and variance.
     scale = layers.BatchNormalization(center=False, scale=False, trainable=False, name="standardise")
     return keras.Model({"thumbnail": pixels}, {"logit": logit, "embedding": scale(layers.Concatenate()([hidden, logit]))}, name="encoder")
+
+
+def _pretrained(pixels: Any, name: str, weights: pathlib.Path) -> Any:
+    """What a network of `keras.applications` makes of the pixels; it is not trained."""
+    import keras
+
+    network = getattr(keras.applications, name, None)
+    if not callable(network):
+        raise ValueError(f"keras.applications has no network {name!r}; expected a name such as MobileNetV3Small or EfficientNetB0")
+    try:
+        with warnings.catch_warnings():
+            # Keras leaves a layer that the file does not have as it was, and warns.
+            warnings.simplefilter("error", UserWarning)
+            body = network(include_top=False, weights=str(weights), input_shape=(THUMBNAIL_SIZE, THUMBNAIL_SIZE, 3))
+    except (OSError, ValueError, UserWarning) as error:
+        raise ValueError(f"{weights.name} has no weights of {name} without its top, as `save_weights` writes them: {error}") from error
+    body.trainable = False
+    # Each network has its own way with pixels, which stands beside it.
+    return body(sys.modules[network.__module__].preprocess_input(keras.ops.cast(pixels, "float32")))
+
+
+def _convolutions(pixels: Any) -> Any:
+    from keras import layers
+
+    x = layers.Rescaling(1 / 127.5, -1)(pixels)
+    # At half the resolution strokes and eyes are still there; batch normalisation makes training several times faster.
+    for number, (filters, size, strides) in enumerate(((16, 4, 2), (32, 3, 1), (48, 3, 1), (64, 3, 1))):
+        x = layers.Conv2D(filters, size, strides, padding="same", use_bias=False, kernel_initializer="he_normal")(x)
+        x = layers.Activation("relu")(layers.BatchNormalization(momentum=0.98)(x))
+        if number in (1, 2):
+            x = layers.MaxPool2D()(x)
+    return x
 
 
 def standardise(model: Any, embeddings: np.ndarray) -> None:

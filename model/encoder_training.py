@@ -29,7 +29,14 @@ _COLUMNS = Settings(steps=360, max_epochs=10)
 
 
 def train_encoder(
-    examples: Examples, thumbnails: Thumbnails, contract: Contract, seed: int, folder: pathlib.Path, progress: Progress, epochs: int = 16
+    examples: Examples,
+    thumbnails: Thumbnails,
+    contract: Contract,
+    seed: int,
+    folder: pathlib.Path,
+    progress: Progress,
+    epochs: int = 16,
+    backbone: tuple[str, pathlib.Path] | None = None,
 ) -> dict[str, Any]:
     """Train an encoder and write its folder.
 
@@ -43,9 +50,10 @@ def train_encoder(
         folder: where the model is written; local.
         progress: takes a short line an epoch.
         epochs: passes over the thumbnails, at most.
+        backbone: as for `encoder.build`.
 
     Raises:
-        ValueError: the window has no click or only clicks among its TRAIN rows.
+        ValueError: the window has no click or only clicks among its TRAIN rows, or the backbone cannot be had.
     """
     deterministic(seed)
     found = survey(examples(0), contract, 0, None)
@@ -57,7 +65,7 @@ def train_encoder(
     tune = list(itertools.islice(minibatches(_thumbnails(thumbnails, creatives, splits.TUNE), 256, 0, None), _TUNE_THUMBNAILS // 256))
     sizes = [(len(part["clicks"]), part["impressions"].sum(dtype=np.float64)) for part in _thumbnails(thumbnails, creatives, splits.TRAIN)]
     train, impressions = sum(rows for rows, _ in sizes), float(sum(shown for _, shown in sizes))
-    model = encoder.build()
+    model = encoder.build(backbone=backbone)
     spec = {"kind": "encoder", "fingerprint": contract.fingerprint, "base_rate": found.base_rate}
     counts = {"rows": found.rows, "clicks": found.clicks, "impressions": found.impressions, "creatives": train}
     if not train:

@@ -31,7 +31,7 @@ _POSITION_KNOTS = 12
 
 def outcomes(batch: pa.RecordBatch, contract: Contract) -> tuple[np.ndarray, np.ndarray]:
     """Clicks and impressions of each row, two float32 arrays of shape (rows,); impressions are 0 where the row is unlabelled."""
-    mature = _mature(batch, contract)
+    mature = is_mature(batch, contract, month_of(batch)).astype(np.float32)
     if contract.clicked:
         clicked = batch[contract.clicked.name]
         return _filled(clicked).clip(0, 1) * mature, pc.is_valid(clicked).to_numpy(zero_copy_only=False).astype(np.float32) * mature
@@ -43,14 +43,13 @@ def outcomes(batch: pa.RecordBatch, contract: Contract) -> tuple[np.ndarray, np.
     return np.minimum(_filled(clicks).clip(0), shown), shown
 
 
-def _mature(batch: pa.RecordBatch, contract: Contract) -> np.ndarray:
-    """float32 (rows,): 0 where a row is too young for its outcome to count, else 1."""
-    if not contract.mature_before or (month := month_of(batch)) == _LATER:
-        return np.ones(len(batch), np.float32)
+def is_mature(rows: pa.RecordBatch | pa.Table, contract: Contract, month: int) -> np.ndarray:
+    """bool (rows,): False where a row of the month is too young for its outcome to count."""
+    if not contract.mature_before or month == _LATER:
+        return np.ones(len(rows), bool)
     # The month's number is one that its own first day has not reached.
     last = datetime.date(month // 12, month % 12 + 1, 1) - datetime.timedelta(days=contract.mature_before.mature_days)
-    mature = pc.fill_null(pc.less(batch[contract.mature_before.name], last.isoformat()), False)
-    return mature.to_numpy(zero_copy_only=False).astype(np.float32)
+    return np.asarray(pc.fill_null(pc.less(rows[contract.mature_before.name], last.isoformat()), False))
 
 
 def month_of(batch: pa.RecordBatch) -> int:

@@ -30,6 +30,8 @@ def within_keys(rows: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndar
     if not held:
         return effects.astype(np.float64)
     keys, clicks, shown, logits, hats = (np.concatenate(column) for column in zip(*held, strict=True))
+    # One key's clicks say next to nothing of all effects together, so their mean stays; only what they differ by is looked for.
+    hats, logits = hats - 1 / len(effects), logits + effects.mean()
     _, key, often = np.unique(keys, return_inverse=True, return_counts=True)
     total = np.bincount(key, clicks)
     use = (often[key] > 1) & (total[key] > 0)

@@ -71,8 +71,6 @@ def build(features: Features, base_rate: float, dropout: float = 0.1) -> Any:
     if "creative" in inputs:
         own = layers.Embedding(features.creative_buckets, 1, "zeros", name="creative_effect")(inputs["creative"])
         added.append(layers.Flatten()(own))
-    if "position" in inputs:
-        added.append(layers.Dense(1, use_bias=False, kernel_initializer="zeros", name="position_effect")(inputs["position"]))
     x0 = layers.Concatenate()(parts) if len(parts) > 1 else parts[0]
     x = x0
     for number in range(CROSSES):
@@ -86,6 +84,9 @@ def build(features: Features, base_rate: float, dropout: float = 0.1) -> Any:
     logit = layers.Add()([head(layers.Concatenate()([x, deep])), *added]) if added else head(layers.Concatenate()([x, deep]))
     # Never trained: calibration sets it.
     calibrated = layers.Dense(1, kernel_initializer="ones", trainable=False, name="calibration")(logit)
+    if "position" in inputs:
+        effect = layers.Dense(1, use_bias=False, kernel_initializer="zeros", name="position_effect")(inputs["position"])
+        logit, calibrated = layers.Add()([logit, effect]), layers.Add()([calibrated, effect])
     return keras.Model(inputs, {"logit": logit, "calibrated": calibrated}, name="ranker")
 
 

@@ -42,7 +42,8 @@ class Settings:
         replay: share of the rows of months that the parent has learnt from which a refresh reads, others in each epoch.
         rate: highest learning rate.
         patience: epochs without a better TUNE loss before training stops.
-        hidden_categories, hidden_images: shares of the values and of the images that training hides.
+        hidden_categories, hidden_images, hidden_creatives: shares of the values, of the images, and of what is known of a creative beside
+            its image, that training hides.
         negatives: share of the impressions without a click that is learnt from.
     """
 
@@ -56,6 +57,7 @@ class Settings:
     patience: int = 3
     hidden_categories: float = 0.05
     hidden_images: float = 0.1
+    hidden_creatives: float = 0.1
     negatives: float = 1.0
 
 
@@ -121,16 +123,19 @@ def train_ranker(
         known = {month: settings.replay for month in months if start.same_encoder and month <= start.spec["newest_month"]}
         replay, epochs = known, settings.refresh_epochs * (1 if start.same_encoder else 2)
     kind = "scratch" if not start else "refresh" if start.same_encoder else "refresh with a new encoder"
-    progress(f"{kind}: {found.rows:,} rows, {found.clicks:,.0f} clicks in {found.impressions:,.0f} impressions; no two values share an id")
+    progress(f"{kind}: {found.rows:,} rows, {found.clicks:,.0f} clicks in {found.impressions:,.0f} impressions")
     summary, levels, tune = fit_rows(model, examples, found, seed, settings, epochs, settings.rate, progress, replay, first)
-    if contract.position:
-        effect = model.get_layer("position_effect")
-        weights = effect.get_weights()[0]
-        within = position.within_keys(_without_position(model, examples, found, levels), weights[:, 0])
-        effect.set_weights([within.astype(np.float32)[:, None]])
-    logits = np.concatenate([np.zeros(0)] + [logits_of(model, batch, levels) for batch in tune])
-    outcome = {name: np.concatenate([np.zeros(0)] + [batch[name] for batch in tune]) for name in ("clicks", "impressions")}
-    slope, shift = calibration.fit(logits, outcome["clicks"], outcome["impressions"])
+    layer = model.get_layer("position_effect") if contract.position else None
+    effects = layer.get_weights()[0][:, 0] if layer else np.zeros(1)
+    none = [(np.zeros(0), np.zeros((0, len(effects))), np.zeros(0), np.zeros(0))]
+    fitted = [(*_without_position(model, batch, levels), batch["clicks"], batch["impressions"]) for batch in tune] or none
+    rest, hats, clicks, impressions = (np.concatenate(column) for column in zip(*fitted, strict=True))
+    if layer:
+        # Where training was short, what it learnt of the position is as much too small as all the rest.
+        scale, _ = calibration.fit(rest + hats @ effects, np.zeros(len(rest)), clicks, impressions)
+        effects = position.within_keys(_by_key(model, examples, found, levels), scale * effects)
+        layer.set_weights([effects.astype(np.float32)[:, None]])
+    slope, shift = calibration.fit(rest, hats @ effects, clicks, impressions)
     newest = float(levels[-1]) + shift / slope
     model.get_layer("calibration").set_weights([np.array([[slope]], np.float32), np.array([slope * newest], np.float32)])
     spec = {
@@ -184,16 +189,24 @@ def _warm_start(model: Any, start: Parent, found: Survey) -> None:
     model.get_layer("calibration").set_weights([np.ones((1, 1), np.float32), np.zeros(1, np.float32)])
 
 
-def _without_position(
+def _by_key(
     model: Any, examples: Examples, found: Survey, levels: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """TRAIN rows as `position.within_keys` wants them."""
-    effects = model.get_layer("position_effect").get_weights()[0][:, 0]
-    for arrays, split, rows in labelled(examples, found, 0, np.random.default_rng(0), {}):
-        train, hats = split == splits.TRAIN, arrays["position"]
-        logits = [logits_of(model, batch, levels) for batch in minibatches([arrays], ranker.BATCH, 0, None)]
-        rest = np.concatenate(logits)[: len(rows)] - hats @ effects
-        yield tuple(array[train] for array in (hashes_of_rows(rows["key"], "key"), arrays["clicks"], arrays["impressions"], rest, hats))
+    """TRAIN and TUNE rows as `position.within_keys` wants them, without history: a key's has its earlier positions in it."""
+    for arrays, _, rows in labelled(examples, found, 0, np.random.default_rng(0), {}):
+        bare = {**arrays, "history": np.zeros_like(arrays["history"])}
+        rest = [_without_position(model, batch, levels)[0] for batch in minibatches([bare], ranker.BATCH, 0, None)]
+        logits = np.concatenate(rest)[: len(rows)]
+        yield hashes_of_rows(rows["key"], "key"), arrays["clicks"], arrays["impressions"], logits, arrays["position"]
+
+
+def _without_position(model: Any, batch: Arrays, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Log-odds of a batch of `labelled` rows without the position's effect, float32 (rows,), and its hats, (rows, hats)."""
+    if "position" not in batch:
+        return logits_of(model, batch, levels), np.zeros((len(batch["clicks"]), 1))
+    return logits_of(model, batch, levels) - batch["position"] @ model.get_layer("position_effect").get_weights()[0][:, 0], batch[
+        "position"
+    ]
 
 
 def logits_of(model: Any, batch: Arrays, levels: np.ndarray) -> np.ndarray:
@@ -257,6 +270,8 @@ def fit_rows(
     enough = math.ceil(settings.steps / math.ceil(read / size))
     epochs = epochs or min(settings.max_epochs, max(settings.epochs, enough))
     tune: list[Arrays] = []
+    # Impressions of rows whose value of a column shares the id of those that found no room, by column; and of all rows.
+    shared = np.zeros(len(found.features.buckets) + 1)
 
     def train(epoch: int, rng: np.random.Generator) -> Iterator[Arrays]:
         held = 0
@@ -264,7 +279,11 @@ def fit_rows(
             if epoch == 0 and held < _TUNE_ROWS and (split == splits.TUNE).any():
                 tune.append({name: array[split == splits.TUNE] for name, array in arrays.items()})
                 held += len(tune[-1]["clicks"])
-            yield {name: array[split == splits.TRAIN] for name, array in arrays.items()}
+            learnt = {name: array[split == splits.TRAIN] for name, array in arrays.items()}
+            if epoch == 0:
+                shared[-1] += learnt["impressions"].sum()
+                shared[:-1] += learnt["impressions"] @ (learnt["categorical"] == UNKNOWN) if len(shared) > 1 else 0.0
+            yield learnt
 
     def batches(epoch: int) -> Iterator[Arrays]:
         rng = np.random.default_rng([seed, epoch])
@@ -272,13 +291,17 @@ def fit_rows(
             if "categorical" in batch:
                 batch["categorical"][rng.random(batch["categorical"].shape, np.float32) < settings.hidden_categories] = UNKNOWN
             if "embedding" in batch:
-                shown = rng.random((size, 1), np.float32) >= settings.hidden_images
+                # A row with a creative that was never seen has an embedding alone, and that is what the trained unknown is for.
+                drawn = rng.random((size, 1), np.float32)
+                shown, known = drawn >= settings.hidden_images, drawn >= settings.hidden_images + settings.hidden_creatives
                 batch |= {"embedding": batch["embedding"] * shown, "has_image": batch["has_image"] * shown}
-                batch["creative"] = np.where(shown, batch["creative"], UNKNOWN)
+                batch["creative"] = np.where(known, batch["creative"], UNKNOWN)
             yield batch
         if epoch == 0:
             tune[:] = minibatches(tune[:], ranker.BATCH, 0, None)
 
     descent = Descent(read, found.impressions, size, epochs, rate, settings.patience, ranker.PRECISIONS, levels)
     told, levels = descend(model, batches, tune, descent, progress)
+    told |= {"values_sharing_an_id": float(shared[:-1].max(initial=0.0) / max(shared[-1], 1.0))}
+    progress(f"values that share an id, in the column with the most: {told['values_sharing_an_id']:.2%} of impressions")
     return {"rows": found.rows, "clicks": found.clicks, "impressions": found.impressions, **told}, levels, tune

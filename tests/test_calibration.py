@@ -7,15 +7,30 @@ from model import calibration
 def test_a_line_that_was_planted_is_found() -> None:
     rng = np.random.default_rng(0)
     logits, shown = rng.normal(-3, 1, 200_000), rng.integers(1, 20, 200_000)
-    clicks = rng.binomial(shown, 1 / (1 + np.exp(-(0.8 * logits - 0.3))))
-    slope, shift = calibration.fit(logits, clicks, shown)
+    effects = rng.choice([0.0, -0.5, -1.0], len(logits))
+    clicks = rng.binomial(shown, 1 / (1 + np.exp(-(0.8 * logits - 0.3 + effects))))
+    slope, shift = calibration.fit(logits, effects, clicks, shown)
     assert (slope, shift) == pytest.approx((0.8, -0.3), abs=0.03)
 
 
 def test_few_rows_move_the_level_and_not_the_slope() -> None:
     logits, shown = np.linspace(-4, -2, 100), np.full(100, 100)
-    slope, shift = calibration.fit(logits, np.repeat([4, 6], 50)[::-1], shown)
+    slope, shift = calibration.fit(logits, np.zeros(100), np.repeat([4, 6], 50)[::-1], shown)
     p = 1 / (1 + np.exp(-(slope * logits + shift)))
     assert 0.2 <= slope < 1 and (p * shown).sum() == pytest.approx(500, rel=1e-3)
-    assert calibration.fit(logits, np.zeros(100), shown) == (1.0, 0.0)
-    assert calibration.fit(np.zeros(0), np.zeros(0), np.zeros(0)) == (1.0, 0.0)
+    assert calibration.fit(logits, np.zeros(100), np.zeros(100), shown) == (1.0, 0.0)
+    assert calibration.fit(*[np.zeros(0)] * 4) == (1.0, 0.0)
+
+
+def test_the_level_is_between_what_rows_at_their_positions_and_at_the_reference_want() -> None:
+    """Rows far down are worse than is known of them."""
+    rng = np.random.default_rng(1)
+    effects, shown = rng.choice([0.0, -1.0], 200_000), np.full(200_000, 20)
+    truth = -3 + effects + np.where(effects < 0, -0.2, 0.2)
+    slope, shift = calibration.fit(np.full(len(effects), -3.0), effects, rng.binomial(shown, 1 / (1 + np.exp(-truth))), shown)
+
+    def ratio(moved: np.ndarray) -> float:
+        return float((1 / (1 + np.exp(-(-3 * slope + shift + effects - moved)))).sum() / (1 / (1 + np.exp(-(truth - moved)))).sum())
+
+    own, reference = ratio(np.zeros(len(effects))), ratio(effects)
+    assert 0.9 < own < 1 < reference < 1.1 and abs(np.log(own * reference)) < 0.01

@@ -61,6 +61,7 @@ def test_flags_alone_are_enough() -> None:
         ("lake: ./a\nseed: null", "seed is None; expected a whole number"),
         ("lake: ./a\nencoder: {refresh: 3}", "encoder_refresh is 3; expected `never`, `drift`, or `months` and a number"),
         ("lake: ./a\nencoder: {refresh: months 0}", "encoder_refresh is 'months 0'; expected `never`"),
+        ("lake: ./a\nencoder: {backbone: ResNet50}", "encoder_backbone is 'ResNet50'; expected a network and a file in the lake"),
         ("lake: ./a\ntrain: {mode: warm}", "train_mode is 'warm'; expected refresh, scratch or auto"),
         ("lake: ./a\ntrain: {negatives: 0}", "train_negatives is 0; expected a number above 0 and up to 1"),
         ("lake: ./a\nwindow_months: 0", "window_months is 0; expected a whole number of at least 1"),
@@ -116,8 +117,8 @@ def test_only_settings_that_change_what_is_computed_make_another_run() -> None:
     other = Config("gs://bucket", "p.d", "c.pbtxt", fetch_threads=99, bigquery_location="EU", max_bytes_billed=1)
     expected = {
         **{"window_months": 3, "seed": 0, "csv_newlines_in_values": True, "csv_encoding": "utf-8"},
-        **{"encoder_refresh": "months 3", "train_mode": "auto", "train_negatives": 1.0, "max_ne_loss": 0.005, "min_gate_clicks": 1000},
-        "monitor_scratch": 0.25,
+        **{"encoder_refresh": "months 3", "encoder_backbone": "", "train_mode": "auto", "train_negatives": 1.0},
+        **{"max_ne_loss": 0.005, "min_gate_clicks": 1000, "monitor_scratch": 0.25},
     }
     assert plain.affecting_model() == other.affecting_model() == expected
     assert Config("./a", seed=1).affecting_model() != plain.affecting_model()

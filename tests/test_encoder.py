@@ -1,3 +1,4 @@
+import os
 import pathlib
 from collections.abc import Iterator
 
@@ -105,6 +106,28 @@ def test_errors(trained: tuple[pathlib.Path, list[np.ndarray]], tmp_path: pathli
         encoder.Encoder.load(trained[0]).embed(np.zeros((1, 32, 32, 3), np.uint8))
     with pytest.raises(ValueError, match=r"0 clicks in .* labelled rows"):
         encoder_training.train_encoder(examples(clicks=False), thumbnails, CONTRACT, 0, tmp_path, lambda line: None)
+
+
+def test_a_backbone_is_named_with_a_file_of_its_weights(tmp_path: pathlib.Path) -> None:
+    import keras
+
+    body = keras.applications.MobileNetV3Small(include_top=False, weights=None, input_shape=(64, 64, 3))
+    body.save_weights(path := tmp_path / "small.weights.h5")
+    model = encoder.build(backbone=("MobileNetV3Small", path))
+    inside = next(layer for layer in model.layers if "mobilenet" in layer.name.lower())
+    for kept, given in zip(inside.get_weights(), body.get_weights(), strict=True):
+        np.testing.assert_array_equal(kept, given)
+    assert len(model.trainable_variables) == 4
+    assert model(pictures()[0][:3])["embedding"].shape == (3, encoder.EMBEDDING_WIDTH)
+    for name, wrong in (("MobileNetV9", "has no network 'MobileNetV9'"), ("VGG16", "small.weights.h5 has no weights of VGG16")):
+        with pytest.raises(ValueError, match=wrong):
+            encoder.build(backbone=(name, path))
+    if os.environ.get("ADSTOCRAT_LONG"):
+        backbone = ("MobileNetV3Small", path)
+        encoder_training.train_encoder(examples(), thumbnails, CONTRACT, 7, tmp_path / "encoder", lambda line: None, 1, backbone)
+        trained = keras.models.load_model(tmp_path / "encoder" / "model.keras", compile=False)
+        embedding = encoder.Encoder.load(tmp_path / "encoder").embed(pictures()[0][:20])
+        np.testing.assert_allclose(embedding, trained(pictures()[0][:20])["embedding"], atol=1e-3)
 
 
 def test_without_pictures_it_stays_untrained_and_runs(tmp_path: pathlib.Path) -> None:

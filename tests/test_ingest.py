@@ -235,6 +235,19 @@ def test_only_rejects(tmp_path: pathlib.Path) -> None:
     assert [receipt.unit for receipt in manifest.receipts] == [f"file/{raw_ads(MONTH)}bad.csv"]
 
 
+def test_rows_too_young_are_counted(tmp_path: pathlib.Path) -> None:
+    contract = tmp_path / "dated.pbtxt"
+    contract.write_text(
+        'feature { name: "ad" type: BYTES annotation { tag: "key" } }\n'
+        'feature { name: "began" type: BYTES annotation { tag: "mature_before:7" } }\n'
+        'feature { name: "clicked" type: INT annotation { tag: "clicked" } }\n'
+    )
+    rows = f"ad,began,clicked\na,{MONTH}-01,0\nb,{MONTH}-28,1\nc,,1\n"
+    Folder(str(tmp_path)).write(raw_ads(MONTH) + "a.csv", rows.encode())
+    _, manifest = ingested(Config(lake=str(tmp_path), contract=str(contract)))
+    assert (manifest.count("ingested"), manifest.count("too young")) == (3, 2)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_rows_are_guessed_about_right(tmp_path: pathlib.Path, packed: bool) -> None:
     storage, rng = Folder(str(tmp_path)), np.random.default_rng(0)

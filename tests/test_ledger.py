@@ -108,6 +108,14 @@ def test_it_balances(run: MonthRun) -> None:
     assert shown.endswith("balanced") and "NOT" not in shown and "read 130 = ingested 120 + rejected 10" in shown
 
 
+def test_rows_too_young_are_told(run: MonthRun) -> None:
+    dated = contracts.parse(contracts.dumps(run.contract) + 'feature { name: "began" type: BYTES annotation { tag: "mature_before:7" } }')
+    change(run, "rows", 2, counts={"too young": 3})
+    taken = ledger.take(dataclasses.replace(run, contract=dated))
+    assert taken["counts"]["too young"] == 3 and taken["balanced"]
+    assert "3 rows, scored and neither learnt from nor judged by" in ledger.show(taken)
+
+
 def test_no_new_creative_is_no_fault(run: MonthRun) -> None:
     run.storage.delete(folder_of(run, "embeddings"))
     assert ledger.take(run)["counts"]["creatives embedded"] == 0

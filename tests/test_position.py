@@ -26,6 +26,14 @@ def test_effects_are_told_by_the_same_ads_elsewhere() -> None:
     assert effects - effects[0] == pytest.approx(TRUE, abs=0.05)
 
 
+def test_log_odds_that_spread_too_far_do_not_carry_the_effects_away() -> None:
+    keys, clicks, shown, logits, hats = rows(2, 3)
+    overfit = logits + np.random.default_rng(5).normal(0, 0.5, len(logits))
+    effects = position.within_keys([(keys, clicks, shown, overfit, hats)], np.array([0.0, -1.0, -2.0]))
+    assert effects.mean() == pytest.approx(-1.0, abs=1e-6)
+    assert effects - effects[0] == pytest.approx(TRUE, abs=0.08)
+
+
 def test_keys_that_do_not_come_again_leave_the_effects_as_they_were() -> None:
     before = np.array([0.0, -1.0, -2.0])
     assert position.within_keys([rows(1, 1)], before).tolist() == before.tolist()

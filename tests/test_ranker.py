@@ -8,7 +8,7 @@ import pytest
 
 import model
 from beam_jobs.realised import position_effect
-from model import encoder, golden, splits, training
+from model import encoder, features, golden, splits, training
 from model.ranker import BATCH, Ranker
 from schemas.contract import Column, Contract
 
@@ -142,10 +142,20 @@ def test_scores_without_images(loaded: Ranker, batch: pa.RecordBatch) -> None:
 
 def test_what_a_folder_says(trained: tuple[pathlib.Path, dict[str, Any]], loaded: Ranker, batch: pa.RecordBatch) -> None:
     summary = trained[1]
-    assert summary["mode"] == "scratch" and 0 < summary["rows"] < 0.9 * ROWS
+    assert summary["mode"] == "scratch" and 0 < summary["rows"] < 0.9 * ROWS and summary["values_sharing_an_id"] == 0
     assert loaded.base_rate == pytest.approx(summary["clicks"] / summary["impressions"])
     assert (loaded.encoder_version, loaded.encoder_digest) == ("v1", "d")
     assert loaded.fingerprint == CONTRACT.fingerprint
+
+
+def test_values_that_find_no_room_are_counted(tmp_path: pathlib.Path, batch: pa.RecordBatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    settings = training.Settings(epochs=1, max_epochs=1)
+    monkeypatch.setattr(features, "MAX_VALUES", 5)
+    told = training.train_ranker(source(batch), CONTRACT, 3, tmp_path, "v1", "d", None, lines.append, settings)
+    # Five of ten campaigns.
+    assert told["values_sharing_an_id"] == pytest.approx(0.5, abs=0.02)
+    assert lines[-1] == f"values that share an id, in the column with the most: {told['values_sharing_an_id']:.2%} of impressions"
 
 
 def test_repeat_is_bit_equal_and_gate_outcomes_never_matter(trained: tuple[pathlib.Path, dict[str, Any]], tmp_path: pathlib.Path) -> None:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from beam_jobs import run as runs
+from beam_jobs import train
 from beam_jobs.config import Config
 from beam_jobs.run import LISTING, MonthRun, StageError, champion_before, earlier_champion, listing_file, prepare
 from model.registry import FORMAT
@@ -107,6 +108,7 @@ OTHER_SETTINGS = {
     "csv_newlines_in_values": False,
     "csv_encoding": "latin-1",
     "encoder_refresh": "never",
+    "encoder_backbone": "MobileNetV3Small small.weights.h5",
     "train_mode": "scratch",
     "train_negatives": 0.5,
     "ingest_ready": "quiet 1s",
@@ -367,3 +369,14 @@ def test_the_champion_of_half_a_year_ago_is_part_of_the_run(storage: Folder) -> 
     judged(storage, "2026-05", "old")
     after = run_of(storage)
     assert before.earlier_champion is None and after.earlier_champion == Champion("e", "old", "2026-05", "r") and after.id != before.id
+
+
+def test_a_backbones_weights_are_a_file_of_the_lake(storage: Folder) -> None:
+    run = run_of(storage, encoder_backbone="MobileNetV3Small backbones/small.weights.h5")
+    with pytest.raises(StageError, match=r"backbones/small.weights.h5 is not there"), train._backbone(run):
+        pass
+    storage.write("backbones/small.weights.h5", b"weights")
+    with train._backbone(run) as backbone:
+        assert backbone and backbone[0] == "MobileNetV3Small" and backbone[1].read_bytes() == b"weights"
+    with train._backbone(run_of(storage)) as backbone:
+        assert backbone is None
