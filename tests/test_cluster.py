@@ -6,6 +6,7 @@ delivered: a small month that everything is trained on, and a full one that refr
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
@@ -139,12 +140,14 @@ def tasks(job: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def cluster(project: str) -> Iterator[None]:
-    """The cluster, with workers that see this lake."""
+    """A new cluster, with workers that see this lake."""
+    script = TOP / "scripts" / "flink"
     try:
-        subprocess.run([TOP / "scripts" / "flink", "up"], check=True)
+        subprocess.run([script, "down"], check=True)
+        subprocess.run([script, "up"], check=True)
         yield
     finally:
-        subprocess.run([TOP / "scripts" / "flink", "down"], check=True)
+        subprocess.run([script, "down"], check=True)
 
 
 def kill_in(job: str, prefix: str, ended: threading.Event) -> str:
@@ -152,12 +155,19 @@ def kill_in(job: str, prefix: str, ended: threading.Event) -> str:
     store = open_storage(LAKE)
     while job not in jobs():
         assert not ended.wait(0.05), f"the month ended without {job}"
-    while not any(not name.endswith("manifest.json") for name in store.names(prefix)):
+    # What a worker of a lost TaskManager wrote late may lie there.
+    before, running = set(store.names(prefix)), list[str]()
+    while not running:
         assert not ended.wait(0.02)
-    running = [each["taskmanager-id"] for _, each in tasks(jobs()[job]["jid"]) if each["status-counts"].get("RUNNING")]
-    assert running, f"{job} is {jobs()[job]['state']}: too late to kill anything in it"
+        if set(store.names(prefix)) != before:
+            running = [each["taskmanager-id"] for _, each in tasks(jobs()[job]["jid"]) if each["status-counts"].get("RUNNING")]
+            assert running or jobs()[job]["state"] != "FINISHED", f"{job} is done: too late to kill anything in it"
     victim = max(set(running), key=running.count)
-    os.kill(int((TOP / ".venv" / "flink" / "state" / f"taskmanager-{victim}.pid").read_text()), signal.SIGKILL)
+    state = TOP / ".venv" / "flink" / "state"
+    os.kill(int((state / f"taskmanager-{victim}.pid").read_text()), signal.SIGKILL)
+    with open(state / f"taskmanager-{victim}.lock") as lock:
+        # It is gone when its lock is.
+        fcntl.flock(lock, fcntl.LOCK_SH)
     return victim
 
 
