@@ -7,12 +7,22 @@ on without it, and waits for that one.
 import argparse
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, SetupOptions, TestOptions, WorkerOptions
+import grpc
+from apache_beam.options.pipeline_options import (
+    DebugOptions,
+    GoogleCloudOptions,
+    PipelineOptions,
+    PortableOptions,
+    SetupOptions,
+    TestOptions,
+    WorkerOptions,
+)
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
 from beam_jobs import workers
@@ -34,13 +44,35 @@ def run_pipeline(define: Define, flags: Sequence[str]) -> None:
     """Build a pipeline, run it, and wait until it is done.
 
     Raises:
-        ConfigError: a flag is unknown to Beam or refused.
+        ConfigError: a flag is unknown to Beam or refused, or nothing answers at the job server's address.
+        StageError: the job ended otherwise than done, on another runner than the local one.
     """
-    options = checked_options(flags)
+    _run(define, checked_options(flags))
+
+
+def _run(define: Define, options: PipelineOptions) -> None:
     runner = None if options.get_all_options().get("runner") else FnApiRunner()
     pipeline = beam.Pipeline(runner=runner, options=options)
     define(pipeline)
-    pipeline.run().wait_until_finish()
+    try:
+        result = pipeline.run()
+    except (grpc.FutureTimeoutError, grpc.RpcError) as error:
+        where = options.view_as(PortableOptions).job_endpoint
+        raise ConfigError(f"no job server takes jobs at --job_endpoint={where}; start it, or name the address of one ({error})") from error
+    try:
+        result.wait_until_finish()
+    except KeyboardInterrupt:
+        # What this launch spilled is removed, so the job could not go on.
+        result.cancel()
+        raise
+    except (grpc.RpcError, RuntimeError) as error:
+        raise StageError(_reason(str(error))) from error
+
+
+def _reason(told: str) -> str:
+    """What a worker raised, in its own sentence if it is one of ours, out of what a cluster tells of a job that failed."""
+    ours = re.findall(r"^(?:beam_jobs|model|schemas)\.\w+\.\w+: (.+?)(?: \[while running .*)?$", told, re.MULTILINE)
+    return ours[-1] if ours else f"the job came to nothing: {told}"
 
 
 def run_step(define: Define, flags: Sequence[str], run: MonthRun, step: str) -> None:
@@ -62,8 +94,10 @@ def run_step(define: Define, flags: Sequence[str], run: MonthRun, step: str) -> 
     if workers.on_dataflow(options):
         used = _run_on_dataflow(define, options, run, step)
     else:
+        cloud = options.view_as(GoogleCloudOptions)
+        cloud.job_name = cloud.job_name or job_name(run, step)
         try:
-            run_pipeline(define, flags)
+            _run(define, options)
         finally:
             run.storage.delete(f"{run.spill}/")
     note = {"step": step, "seconds": round(time.time() - started, 1), **used}
@@ -80,8 +114,6 @@ def dataflow_pipeline(define: Define, options: PipelineOptions, run: MonthRun, s
     # A template's launcher gives the name; all others are known by theirs.
     if not cloud.template_location:
         cloud.job_name = job_name(run, step)
-    # With cloudpickle, Beam pickles the launcher's main module for Dataflow unless it is told not to.
-    options.view_as(SetupOptions).save_main_session = False
     cloud.labels = [*(cloud.labels or []), f"month={run.month}", f"run={run.id}", f"step={step}", f"launch={run.launch}"]
     pipeline = beam.Pipeline(runner=runner, options=options)
     define(pipeline)
@@ -172,6 +204,11 @@ def checked_options(flags: Sequence[str]) -> PipelineOptions:
     if any(flag.startswith("--direct_running_mode") for flag in flags) and known.direct_running_mode != "in_memory":
         raise ConfigError(f"--direct_running_mode={known.direct_running_mode} is refused: {_SEVERAL_WORKERS}")
     checked = PipelineOptions(list(flags))
+    # Workers have this package, so nothing is staged. Beam would pickle the launcher's main module unless it is told not to, and list what is
+    # installed beside it, which takes seconds a job and says nothing of the workers.
+    setup = checked.view_as(SetupOptions)
+    setup.save_main_session = bool(setup.save_main_session)
+    checked.view_as(DebugOptions).add_experiment("disable_logging_submission_environment")
     if workers.on_dataflow(checked):
         _check_dataflow(checked)
     return checked

@@ -23,8 +23,6 @@ _DEFAULTS = {
     # Beam would go up to 1,000, and no bucket starts at what those ask of it: it doubles about every 20 minutes.
     "max_num_workers": 64,
 }
-# What is installed where a job is made says nothing of its workers, who run the image; to list it takes seconds a job.
-_EXPERIMENT = "disable_logging_submission_environment"
 # A GPU is shared best by one process: several would each hold a model and a part of its memory. While one thread computes, others read.
 _GPU_EXPERIMENT, _GPU_THREADS = "no_use_multiple_sdk_containers", 4
 
@@ -39,7 +37,6 @@ def set_defaults(options: PipelineOptions, uses_gpu: bool) -> None:
     for name, value in _DEFAULTS.items():
         if getattr(workers, name) is None:
             setattr(workers, name, value)
-    debug.add_experiment(_EXPERIMENT)
     if uses_gpu:
         debug.add_experiment(_GPU_EXPERIMENT)
         debug.number_of_worker_harness_threads = debug.number_of_worker_harness_threads or _GPU_THREADS
