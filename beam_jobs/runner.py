@@ -204,8 +204,8 @@ def checked_options(flags: Sequence[str]) -> PipelineOptions:
     if any(flag.startswith("--direct_running_mode") for flag in flags) and known.direct_running_mode != "in_memory":
         raise ConfigError(f"--direct_running_mode={known.direct_running_mode} is refused: {_SEVERAL_WORKERS}")
     checked = PipelineOptions(list(flags))
-    # Workers have this package, so nothing is staged. Beam would pickle the launcher's main module unless it is told not to, and list what is
-    # installed beside it, which takes seconds a job and says nothing of the workers.
+    # Workers have this package, so nothing is staged. Beam would pickle the launcher's main module unless it is told not to, and list what
+    # is installed beside it, which takes seconds a job and says nothing of the workers.
     setup = checked.view_as(SetupOptions)
     setup.save_main_session = bool(setup.save_main_session)
     checked.view_as(DebugOptions).add_experiment("disable_logging_submission_environment")
