@@ -16,7 +16,7 @@ from schemas.parquet import read_parquet
 from schemas.storage import Storage
 
 # Lines of a chart that can still be read, and of a table that a page can hold.
-_CHART_LINES, TABLE_LINES, _MULTIPLES, _BARS = 24, 200, 12, 5
+_CHART_LINES, TABLE_LINES, _FIRST, _MULTIPLES, _BARS = 24, 200, 20, 12, 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +234,9 @@ def drift(drift: Mapping[str, Any], last: Mapping, this: Mapping) -> dict:
     told += "An alarm has an exclamation mark."
     numbers = Table("Both months", ("of", "value", "last", "this"), lines)
     chart = Chart(Markup(plots.small_multiples(drawn, told)), told, numbers) if drawn else None
-    return {"chart": chart, "table": Table("Compared with the month before", columns, cells)}
+    first = Table("Compared with the month before", columns, cells[:_FIRST])
+    rest = Table("Compared with the month before, the rest", columns, cells[_FIRST:])
+    return {"chart": chart, "table": first, "rest": rest if rest.rows else None}
 
 
 def realised(realised: Mapping[str, Any]) -> dict:

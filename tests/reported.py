@@ -130,7 +130,7 @@ class World:
         """What is found of drift and of realised quality laid down as well; returns the alarm and the verdict."""
         alarm, verdict = f"advertiser {HOSTILE} has 20 % of the rows, 2 % in {LAST}", "1.15 (1.10 to 1.20) times the clicks were predicted"
         common = {"last": 0.02, "this": 0.2, "distance": 0.18, "threshold": 0.05, "sentence": alarm, "action": "stop"}
-        compared = [{"kind": "drift", "column": f"c{i}", "value": None, "alarm": False, **common} for i in range(4)]
+        compared = [{"kind": "drift", "column": f"c{i}", "value": None, "alarm": False, **common} for i in range(24)]
         compared.append({**common, "kind": "drift", "column": "advertiser", "value": HOSTILE, "alarm": True})
         drift = {"previous": LAST, "compared": compared, "alarms": [alarm]}
         row = {"segment": None, "value": None, "impressions": 9000, "clicks": 300}
