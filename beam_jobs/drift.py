@@ -207,8 +207,7 @@ def headlines(storage: Storage, month: str, id: str) -> list[str]:
     """What a person must see first of a run: its alarms, the worst first, and what outcomes say of last month's run if that is not well."""
     drifted = storage.read_json(_file(month, id)) or {"alarms": []}
     realised = storage.read_json(f"{lake.run_folder(month, id)}/realised.json") or {"action": "ok"}
-    lines = [f"ALARM {sentence}" for sentence in drifted["alarms"]]
-    return lines + ([f"ALARM realised {realised['action']}: {realised['verdict']}"] if realised["action"] != "ok" else [])
+    return [*drifted["alarms"], *([f"realised {realised['action']}: {realised['verdict']}"] if realised["action"] != "ok" else [])]
 
 
 def previous(run: MonthRun) -> tuple[str, str]:

@@ -40,7 +40,7 @@ class Stage:
 
 
 def run_month(run: MonthRun, flags: Flags) -> "Summary":
-    """Run all stages, show alarms and the ledger, make the page, tell the webhook; of a month that is stopped both say why."""
+    """Run all stages, show the ledger, make the page, tell the webhook; of a month that is stopped both say why."""
     try:
         summary = _run_stages(run, flags)
     except HandedOverError:
@@ -70,8 +70,7 @@ def _run_stages(run: MonthRun, flags: Flags) -> "Summary":
             if stopped := stage_error(error):
                 report.stopped(run, stage.name, stopped)
             raise
-    lines = drift.headlines(run.storage, run.month, run.id)
-    log.info("%s", "\n".join([*lines, ledger.show(run.storage.read_json(f"{run.folder}/ledger.json"))]))
+    log.info("%s", ledger.show(run.storage.read_json(f"{run.folder}/ledger.json")))
     report.went_on(run)
     made = report.read(run.storage, run.month, run.id)
     return made if made and not ran and made.status == report.verdict(run)[0] else report.write(run)

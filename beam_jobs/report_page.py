@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from beam_jobs import ledger, plots, report_scores
 from beam_jobs import report_sections as sections
+from beam_jobs.drift import headlines
 from beam_jobs.report import PUBLISHED, REPLACED, STOPPED, UNFINISHED, Number, Summary, read
 from beam_jobs.report_scores import LOW_EVIDENCE, Month
 from beam_jobs.report_sections import TABLE_LINES, Cell, Chart, Table, number
@@ -60,8 +61,7 @@ def collect(run: MonthRun, status: str, verdict: str) -> dict[str, Any]:
     wanted = {cell.creative for table in tables for row in table.rows for cell in row if cell.creative}
     wanted |= {row["creative"] for rows in galleries.values() for row in rows}
     drift, realised, shift = (run.storage.read_json(f"{run.folder}/{name}.json") for name in ("drift", "realised", "shift"))
-    alarms = [realised["verdict"]] if realised and realised["action"] != "ok" else []
-    alarms += drift["alarms"] if drift else []
+    alarms = headlines(run.storage, run.month, run.id)
     return {
         "summary": Summary(run.month, run.id, status, verdict, alarms, _numbers(left, scored, before, realised)),
         "flow": _flow(left),

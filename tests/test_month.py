@@ -120,7 +120,7 @@ def test_a_month_with_nothing_to_learn_from_is_scored_with_the_champion(tmp_path
     expected = {"event": "published", "month": AUGUST, "run": current.run, "lake": storage.uri, "status": 0, "why": None, "alarms": []}
     assert published == expected
     assert (stopped["event"], stopped["month"], stopped["status"]) == ("stopped", SEPTEMBER, 4)
-    assert stopped["alarms"][0].startswith("ALARM missing clicked: 100.0%") and "missing clicked: 100.0%" in stopped["why"]
+    assert stopped["alarms"][0].startswith("missing clicked: 100.0%") and "missing clicked: 100.0%" in stopped["why"]
     # The alarms are the first lines of the summary; and nobody is there to be told of it.
     assert f"{url} was not told how {SEPTEMBER} ended" in caplog.messages[-1]
     summary = caplog.messages[-2].splitlines()
