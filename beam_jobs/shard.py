@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from serving.shard import END, HEADER, MAGIC
+from serving.shard import END, HEADER, KEY_END, MAGIC
 
 CHUNK_ROWS = 16_384
 
@@ -47,9 +47,8 @@ def write_file(path: pathlib.Path, keys: pa.Array, values_of: Callable[[pa.Array
         stream.write(END)
         for at in range(0, rows, CHUNK_ROWS):
             some = pa.array(order[at : at + CHUNK_ROWS])
-            records = pc.binary_join_element_wise(
-                keys.take(some).cast(pa.binary()), values_of(some).cast(pa.binary()), pa.scalar(b""), pa.scalar(END)
-            )
+            key, value = keys.take(some).cast(pa.binary()), values_of(some).cast(pa.binary())
+            records = pc.binary_join_element_wise(key, pa.scalar(KEY_END), value, pa.scalar(END), pa.scalar(b""))
             ends = np.frombuffer(records.buffers()[1], np.int32, len(records) + 1)
             stream.write(records.buffers()[2].slice(int(ends[0]), int(ends[-1] - ends[0])))
             starts.append((ends[1:] - ends[0]).astype(np.uint64) + starts[-1][-1])

@@ -5,6 +5,7 @@ lookup. All errors are problem details (RFC 9457).
 """
 
 import asyncio
+import datetime
 import http
 import json
 import logging
@@ -62,9 +63,9 @@ class Service:
     def serve(self, table: Table) -> None:
         """Answer from `table` from now on; the one before is closed when the last batch that reads it is done."""
         # On the event loop, as `_score` is, so no GET is between its lookup and its answer.
+        modified = format_datetime(table.created.astimezone(datetime.UTC), usegmt=True).encode()
         self.before, self.table = self.table, table
         self._etag = b'"%s"' % table.run.encode()
-        modified = format_datetime(table.created, usegmt=True).encode()
         # What a cache holds is asked for again each time, at the price of a 304: or a roll-back would not reach everybody.
         validators = [(b"etag", b"W/" + self._etag), (b"last-modified", modified), (b"cache-control", b"no-cache")]
         self._headers = [_JSON, *validators]
@@ -102,10 +103,11 @@ class Service:
             known: the header If-None-Match.
             began: what `time.perf_counter_ns` said when the request came.
         """
-        if self.tokens is not None and not self.tokens.allows(token):
-            answer = _unauthorized()
-        else:
-            answer = self._score(method, path[len(SCORES) :], known)
+        try:
+            allowed = self.tokens is None or self.tokens.allows(token)
+            answer = self._score(method, path[len(SCORES) :], known) if allowed else _unauthorized()
+        except Exception:  # noqa: BLE001  Whatever it is, whoever asks gets an answer of the documented form.
+            answer = _failed(method, path.decode(errors="replace"))
         self.counters.request(0, answer[0], began)
         return answer
 
@@ -148,9 +150,8 @@ class Service:
             if path == "/openapi.json":
                 return 200, [_JSON], self._document
             return (200, [_JSON], _dumps({**_run(self.table), "rows": self.table.rows})) if self.table else self._unready()
-        except Exception:  # Whatever it is, whoever asks gets an answer of the documented form.
-            logger.exception("%s %s failed", method, path)
-            return _problem(500, "The service failed on this request; its log says why.")
+        except Exception:  # noqa: BLE001  As above.
+            return _failed(method, path)
 
     async def _lookup(self, receive: Receive) -> Answer:
         body, more = bytearray(), True
@@ -181,8 +182,14 @@ class Service:
 
 async def reply(send: Send, status: int, headers: Headers, body: bytes) -> None:
     """An answer as ASGI's messages."""
-    await send({"type": "http.response.start", "status": status, "headers": [*headers, (b"content-length", b"%d" % len(body))]})
+    length = [] if status == 304 else [(b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, *length]})
     await send({"type": "http.response.body", "body": body})
+
+
+def _failed(method: str, path: str) -> Answer:
+    logger.exception("%s %s failed", method, path)
+    return _problem(500, "The service failed on this request; its log says why.")
 
 
 def _keys(body: bytearray) -> list[bytes]:

@@ -33,7 +33,8 @@ class Protocol(HttpToolsProtocol):
     _unchanged = 0
     # Seconds, and one, since the last request was answered at once; 0 if it was not, or if another has begun.
     _idle = 0
-    _whole = False
+    # Of the bytes that came last: whether a request began in them, whether they went on with one, and whether they are few.
+    _began = _progress = _small = False
     # The head of the last answer, which is that of most in its second, after what it was made of.
     _last: ClassVar[tuple[object, object, bytes]] = (None, None, b"")
 
@@ -54,35 +55,44 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
-        # So many bytes cannot have too long a header in them, unless it began before.
-        self._idle, self._whole = 0, not self._header_bytes and len(data) <= MAX_HEADER_BYTES
-        HttpToolsProtocol.data_received(self, data)
-        if self._idle:
-            return
-        cycle = self.cycle
-        # While the headers of a request come in, its scope is none of a request that is being answered.
-        if cycle is None or cycle.scope is not self.scope:
-            self._header_bytes += len(data)
-        elif len(data) > MAX_HEADER_BYTES or self._header_bytes:
-            self._header_bytes = sum(len(name) + len(value) for name, value in cycle.scope["headers"]) + len(self.url)
-        else:
-            return
+        self._began = self._progress = False
+        self._small = len(data) <= MAX_HEADER_BYTES
+        super().data_received(data)
+        # Of headers, or of what stands behind a body, that come in piece by piece.
+        self._header_bytes = 0 if self._progress else self._header_bytes + len(data)
         if self._header_bytes > MAX_HEADER_BYTES:
-            self.refuse(431, f"The request line and headers have more than {MAX_HEADER_BYTES:,} bytes.")
-        elif cycle is not None and cycle.scope is self.scope:
-            self._header_bytes = 0
+            self._refuse_headers()
 
     def on_message_begin(self) -> None:
-        self._idle = 0
+        self._began, self._progress, self._idle = True, True, 0
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        if self.service is None or not self._whole or not self._answer(self.service):
+        self._progress = True
+        # What began in a small piece has no long headers.
+        if self._began and self._small:
+            if self.service is not None and self._answer(self.service):
+                return
+        elif len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEADER_BYTES:
+            self._refuse_headers()
+        if not self._refused:
             super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        self._progress = True
+        if not self._refused:
+            super().on_body(body)
+
     def on_message_complete(self) -> None:
-        if not self._idle:
+        self._progress = True
+        if not self._idle and not self._refused:
             super().on_message_complete()
+
+    def timeout_keep_alive_handler(self) -> None:
+        self.transport.abort()  # To close would wait for a client that does not read.
+
+    def _refuse_headers(self) -> None:
+        self.refuse(431, f"The request line and headers have more than {MAX_HEADER_BYTES:,} bytes.")
 
     def _answer(self, service: Service) -> bool:
         """Answer at once, if nothing about the request is out of the ordinary."""
@@ -108,7 +118,8 @@ class Protocol(HttpToolsProtocol):
             elif name in _OF_BODIES:
                 return False
         status, headers, body = service.score("GET", url, token, known, began)
-        self.transport.write(b"%b%d\r\n\r\n%b" % (self._head(status, headers), len(body), body))
+        length = b"" if status == 304 else b"content-length: %d\r\n" % len(body)
+        self.transport.write(b"".join((self._head(status, headers), length, b"\r\n", body)))
         self._idle = 1
         return True
 
@@ -118,7 +129,7 @@ class Protocol(HttpToolsProtocol):
         head = Protocol._last
         if head[0] is not headers or head[1] is not every:
             lines = b"".join(b"%b: %b\r\n" % header for header in (*every, *headers))
-            head = Protocol._last = (headers, every, STATUS_LINE[status] + lines + b"content-length: ")
+            head = Protocol._last = (headers, every, STATUS_LINE[status] + lines)
         return head[2]
 
     def send_400_response(self, msg: str) -> None:
@@ -149,8 +160,8 @@ class Protocol(HttpToolsProtocol):
         """Called every second: refuse a client that for too long neither finishes a request nor takes an answer, or is idle."""
         if self._idle:
             self._idle += 1
-            if self._idle > IDLE_SECONDS:
-                self.transport.close()
+            if self._idle > (REQUEST_SECONDS if self.transport.get_write_buffer_size() else IDLE_SECONDS):
+                self.transport.abort()
             return
         state = (self.cycle, self.cycle is not None and self.cycle.response_complete)
         if self.timeout_keep_alive_task is not None or state != self._state:

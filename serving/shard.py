@@ -2,9 +2,9 @@
 
     header     8 bytes MAGIC, then rows, buckets and the file's size; as all numbers here unsigned 64-bit, little-endian
     starts     buckets + 1 positions in the file: where each bucket's records start, and where the last one's end
-    records    0xFF, then by bucket: key 0xFF value 0xFF
+    records    0xFE, then by bucket: key 0xFF value 0xFE
 
-Keys and values are UTF-8, which has no byte 0xFF. A key's shard and bucket follow from its CRC-32, the one hash that costs a reader next to
+Keys and values are UTF-8, which has neither byte. A key's shard and bucket follow from its CRC-32, the one hash that costs a reader next to
 nothing, and there are as many buckets as rows; so a key that is there is found by two reads, of its bucket's start and of the few
 records in it. A search tree would read a dozen places, each a cache miss of its own in a table that is larger than the caches.
 """
@@ -13,13 +13,15 @@ import contextlib
 import mmap
 import pathlib
 import struct
+from collections.abc import Callable
 from typing import BinaryIO
 from zlib import crc32
 
 MAGIC = b"adslkup1"
 HEADER = struct.Struct("<8sQQQ")
-END = b"\xff"
+KEY_END, END = b"\xff", b"\xfe"
 
+_PIECE = 2 << 20
 _POPULATE_READ = 22  # Of <sys/mman.h>; a kernel before 5.14 says that it does not know it.
 
 
@@ -76,12 +78,15 @@ class Shard:
     def first_key(self) -> bytes | None:
         """Of the records, if there is one."""
         begin = self.starts[0]
-        return self.data[begin : self.data.find(END, begin)] if self.rows else None
+        return self.data[begin : self.data.find(KEY_END, begin)] if self.rows else None
 
-    def populate(self) -> None:
-        """Map all pages at once, or each would cost the first request that meets it a page fault; where the system can."""
-        with contextlib.suppress(OSError):
-            self.data.madvise(_POPULATE_READ)
+    def populate(self, stop: Callable[[], bool]) -> None:
+        """Map all pages, or each would cost the first request that meets it a page fault; until `stop` says so."""
+        for start in range(0, len(self.data), _PIECE):  # Other threads wait for each piece.
+            if stop():
+                return
+            with contextlib.suppress(OSError):
+                self.data.madvise(_POPULATE_READ, start, min(_PIECE, len(self.data) - start))
 
     def close(self) -> None:
         """Unmap the file; whoever reads it from then on gets a ValueError."""

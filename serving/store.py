@@ -23,7 +23,7 @@ from zlib import crc32
 
 from schemas.lake import MANIFEST, Current, Manifest, Receipt, read_manifest, stage_folder
 from schemas.storage import Folder, Storage
-from serving.shard import END, Shard, shard_name, shard_of
+from serving.shard import END, KEY_END, Shard, shard_name, shard_of
 
 STAGE = "lookup"
 RUNS_KEPT = 2  # The served one, and the one that a rollback goes back to.
@@ -94,7 +94,7 @@ class Table:
         data, starts, buckets = self._parts[number % self._shards]
         bucket = number // self._shards % buckets
         records = data[starts[bucket] - 1 : starts[bucket + 1]]  # With the end of what comes before, which all keys stand behind.
-        return records.partition(END + key + END)[2].partition(END)[0] or None
+        return records.partition(END + key + KEY_END)[2].partition(END)[0] or None
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes]:
         """The row under each key as JSON, `null` where the month has no such key."""
@@ -106,8 +106,7 @@ class Table:
         if 2 * sum(len(shard.data) for shard in self._files) > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
             return
         for shard in self._files:
-            if not self._closing:
-                shard.populate()
+            shard.populate(lambda: self._closing)
 
     def close(self) -> None:
         """Unmap the shards once nobody reads; `get` raises from then on. Their files may be gone already."""

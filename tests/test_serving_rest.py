@@ -1,5 +1,6 @@
 """The service over HTTP: what it answers, to whom, and what it does when a run is published, corrupt or rolled back, or it is stopped."""
 
+import concurrent.futures
 import contextlib
 import datetime
 import http.client
@@ -140,6 +141,19 @@ def test_what_is_wrong_with_a_request_is_told_as_problem_details(client: Client)
     for path in ("/", "/v1/scores", "/v1/status/", "/healthz", "/metrics"):
         values, _ = client.problem(path)
         assert (values["status"], values["detail"].partition(";")[0]) == (404, f"There is no {path} here")
+
+
+def test_many_requests_in_few_pieces_are_all_answered(server: Server) -> None:
+    """Their headers are short one by one, and they come cut anywhere."""
+    request, count = b"GET /v1/scores/plain HTTP/1.1\r\nhost: x\r\n\r\n", 2_000
+    with socket.create_connection(("127.0.0.1", server.port), 10) as connection, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(connection.sendall, request * count)
+        answers = b""
+        while answers.count(b"HTTP/1.1 200 OK") < count or not answers.endswith(b"}"):
+            answers += (some := connection.recv(1 << 16))
+            assert some
+        sent.result()
+    assert answers.count(b"HTTP/1.1 ") == count
 
 
 def test_status_and_probes_and_metrics_tell_what_is_served(server: Server, client: Client) -> None:
