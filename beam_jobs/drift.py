@@ -151,14 +151,14 @@ def ruled(compared: Sequence[Compared], stops: Sequence[str]) -> dict[str, Any]:
     """What is written of comparisons: alarms first, the worst first. `stops` are kinds and columns whose alarms stop the month."""
     tests = sum(found.tests for found in compared)
     critical = numbers.NormalDist().inv_cdf(1 - _FAMILY_WISE / (2 * tests)) if tests else 0.0
-    ordered = sorted(compared, key=lambda found: (not _alarms(found, critical), -found.distance / found.threshold))
+    ordered = sorted(compared, key=lambda found: (not _alarms(found, critical), -found.distance / max(found.threshold, 1e-9)))
     rows = []
     for found in ordered:
         row = dataclasses.asdict(found)
         for name in ("z", "told", "tests"):
             del row[name]
         what = found.column if found.value is None else f"{found.column} ({found.value})"
-        sentence = f"{found.kind} {what}: {found.told}; distance {found.distance:.3f}, limit {found.threshold:.3f}"
+        sentence = f"{found.kind} {printable(what)}: {found.told}; distance {found.distance:.3f}, limit {found.threshold:.3f}"
         action = "stop" if {found.kind, found.column} & set(stops) else "warn"
         rows.append({**row, "alarm": _alarms(found, critical), "action": action, "sentence": sentence})
     return {"compared": rows, "alarms": [row["sentence"] for row in rows if row["alarm"]]}
@@ -201,6 +201,11 @@ def check(run: MonthRun) -> None:
 def is_complete(run: MonthRun) -> bool:
     found = run.storage.read_json(_file(run.month, run.id))
     return found is not None and not any(row["alarm"] and row["action"] == "stop" for row in found["compared"])
+
+
+def printable(text: str) -> str:
+    """Text of rows as a terminal may have it: control characters as their escapes."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def headlines(storage: Storage, month: str, id: str) -> list[str]:
@@ -288,10 +293,12 @@ def _clicks(before: Sketches, now: Sketches, contract: Contract) -> Iterator[Com
             last, this = old / old_shown, new / new_shown
             # Half a click more, so that there is a logarithm of none.
             distance = abs(math.log((new + 0.5) / new_shown * old_shown / (old + 0.5)))
-            error = math.sqrt(max(old_squared, 1) / (old + 0.5) ** 2 + max(new_squared, 1) / (new + 0.5) ** 2)
+            # As if both were of one rate; clicks that come in lots are as many fewer.
+            lots, rate = max(old_squared + new_squared, 1) / max(old + new, 1), (old + new) / (old_shown + new_shown)
+            error = math.sqrt(rate * max(lots, 1) * (1 / old_shown + 1 / new_shown)) or math.inf
             value = None if key[2] is None else f"{key[1]}={key[2]}"
             told = f"{this:.3%} of impressions are clicked, {last:.3%} last month"
-            yield Compared(DRIFT, outcome.name, value, last, this, distance, _CLICKS_LIMIT, distance / error, told)
+            yield Compared(DRIFT, outcome.name, value, last, this, distance, _CLICKS_LIMIT, abs(this - last) / error, told)
 
 
 def _told(sketches: Sketches, key: statistics.Key, contract: Contract) -> tuple[float, float, float]:

@@ -40,19 +40,24 @@ class Stage:
 
 
 def run_month(run: MonthRun, flags: Flags) -> "Summary":
-    """Run all stages, show the ledger, make the page, tell the webhook; of a month that is stopped both say why."""
+    """Run all stages, show the ledger, tell the webhook, and make the page; of a month that is stopped both say why."""
+    from beam_jobs import report
+
     try:
-        summary = _run_stages(run, flags)
+        ran = _run_stages(run, flags)
     except HandedOverError:
         raise
-    except Exception as error:
+    except BaseException as error:
         notify(run, error)
         raise
     notify(run, None)
-    return summary
+    report.went_on(run)
+    made = report.read(run.storage, run.month, run.id)
+    return made if made and not ran and made.status == report.verdict(run)[0] else report.write(run)
 
 
-def _run_stages(run: MonthRun, flags: Flags) -> "Summary":
+def _run_stages(run: MonthRun, flags: Flags) -> bool:
+    """Whether any had to run."""
     from beam_jobs import report
 
     log.info("month %s, run %s, window %s", run.month, run.id, ", ".join(month for month, _ in run.window))
@@ -68,12 +73,13 @@ def _run_stages(run: MonthRun, flags: Flags) -> "Summary":
             ran |= run_stage(stage, run, flags)
         except RuntimeError as error:
             if stopped := stage_error(error):
-                report.stopped(run, stage.name, stopped)
+                try:
+                    report.stopped(run, stage.name, stopped)
+                except Exception:  # What stopped the month is what must be told, and is raised.
+                    log.exception("the page that says why could not be made; `adstocrat report %s` tries again", run.id)
             raise
     log.info("%s", ledger.show(run.storage.read_json(f"{run.folder}/ledger.json")))
-    report.went_on(run)
-    made = report.read(run.storage, run.month, run.id)
-    return made if made and not ran and made.status == report.verdict(run)[0] else report.write(run)
+    return ran
 
 
 def _expected(run: MonthRun) -> dict[str, float]:
@@ -179,8 +185,7 @@ def _drift(run: MonthRun, flags: Flags) -> None:
 def _tell_drift(run: MonthRun) -> tuple[str, int]:
     found = run.storage.read_json(f"{run.folder}/drift.json")
     against = f"against {found['previous']}" if found["previous"] else "no month to compare with"
-    alarms = "".join(f"\n  ALARM {sentence}" for sentence in found["alarms"])
-    return f"{len(found['compared'])} comparisons, {against}: {len(found['alarms'])} alarms{alarms}", len(found["compared"])
+    return f"{len(found['compared'])} comparisons, {against}: {len(found['alarms'])} alarms", len(found["compared"])
 
 
 def _encoder(run: MonthRun, flags: Flags) -> None:

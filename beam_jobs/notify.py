@@ -1,7 +1,9 @@
 """Tell whoever wants to know how a month ended: one POST of JSON to the setting `notify` (docs/runbook.md)."""
 
+import http.client
 import json
 import logging
+import urllib.parse
 import urllib.request
 from typing import Any
 
@@ -33,9 +35,11 @@ def notify(run: MonthRun, error: BaseException | None) -> None:
     """Send it, if a URL is set. That it cannot be sent is logged: the month is what it is."""
     if not run.config.notify:
         return
-    data = json.dumps(payload(run, error)).encode()
-    request = urllib.request.Request(run.config.notify, data, {"Content-Type": "application/json"})
+    # Behind the host there may be a secret.
+    host = urllib.parse.urlsplit(run.config.notify).hostname
     try:
+        data = json.dumps(payload(run, error)).encode()
+        request = urllib.request.Request(run.config.notify, data, {"Content-Type": "application/json"})
         urllib.request.urlopen(request, timeout=_SECONDS).close()
-    except OSError as failed:
-        log.warning("%s was not told how %s ended: %s", run.config.notify, run.month, failed)
+    except (OSError, ValueError, http.client.HTTPException) as failed:
+        log.warning("%s was not told how %s ended: %s", host, run.month, type(failed).__name__)

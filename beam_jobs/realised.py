@@ -166,13 +166,15 @@ def decide(parts: Sequence[Part], run: MonthRun, month: str, id: str) -> Manifes
     """Write the verdict, and the rows of the table `quality`."""
     part = merge_parts(parts) if parts else Part(0, Evaluation((MODEL,), {}), {})
     document = {"month": month, "run": id, **ruled(part, run.config.monitor_warn, run.config.monitor_scratch, run.config.monitor_abort)}
-    run.storage.write(_file(run), json.dumps(document, indent=1).encode())
     of_month, of_judged = (datetime.date.fromisoformat(f"{name}-01") for name in (month, run.month))
     ranker = run.manifest(lake.stage_folder("scores", month, id), "score").info["ranker"]
     same = {"month": of_month, "run_id": id, "kind": "realised", "judged_month": of_judged}
     rows = quality(part.evaluation, same, {MODEL: ranker}, tables.quality())
     written = write_parquet(run.storage, run.stage(FOLDER), "quality", [rows] if len(rows) else [])
-    return lake.commit(run.storage, run.stage(FOLDER), Manifest(FOLDER, (written,), {"month": month, "run": id}))
+    manifest = lake.commit(run.storage, run.stage(FOLDER), Manifest(FOLDER, (written,), {"month": month, "run": id}))
+    # Last, since it is what makes the stage complete.
+    run.storage.write(_file(run), json.dumps(document, indent=1).encode())
+    return manifest
 
 
 def ruled(part: Part, warn: float, scratch: float, abort: float) -> dict[str, Any]:
@@ -205,7 +207,9 @@ def ruled(part: Part, warn: float, scratch: float, abort: float) -> dict[str, An
         verdict += f"{_number(first['calibration_high'])}), normalized entropy {_number(first['ne'])}, on {whole.clicks:,.0f} clicks"
         if bad:
             column, value = bad[0][1]
-            verdict += f"; {column}={value} is off by {bad[0][0]:.0%}" + (f", and {len(bad) - 1} more values" if len(bad) > 1 else "")
+            verdict += f"; {column}={drift.printable(value or '')} is off by {bad[0][0]:.0%}" + (
+                f", and {len(bad) - 1} more values" if len(bad) > 1 else ""
+            )
     share = whole.impressions / shown if shown else 0.0
     return {"matched_share": share, "unmatched": {**outside, "mix": mix}, "rows": rows, "verdict": verdict, "action": action}
 
@@ -286,7 +290,9 @@ def _off(found: Slice, level: float) -> tuple[float, float]:
     """By what share predicted clicks differ from those that came, and by what share at least: 0 where it may be chance."""
     ratio, error = log_ratio(found.predicted(0), found.sums[:, 1])
     if not math.isfinite(ratio) or not math.isfinite(error):
-        return 0.0, 0.0
+        # Next to no clicks, so that some or all of the replicates have none: counts as Poisson's.
+        predicted, clicks = float(found.predicted(0)[0]), found.clicks
+        ratio, error = math.log((predicted + 0.5) / (clicks + 0.5)), 1 / math.sqrt(max(predicted, clicks) + 0.5)
     least = max(abs(ratio) - numbers.NormalDist().inv_cdf(level) * error, 0.0)
     return abs(math.expm1(ratio)), abs(math.expm1(math.copysign(least, ratio)))
 

@@ -173,12 +173,14 @@ def _kept_models(storage: Storage, kept: set[tuple[str, str]]) -> set[tuple[str,
 
 
 def _unlisted(storage: Storage) -> Iterator[str]:
-    """Files of attempts that failed or were repeated: of a stage that is complete, and in no manifest."""
+    """Files of attempts that failed or were repeated: of a stage that is complete, and in no manifest; and sketches that are merged."""
     names = [name for top in (*OF_A_RUN, "creatives", "embeddings", "models") if top != "runs" for name in storage.names(f"{top}/")]
     folders = [name.rpartition("/")[0] for name in names if name.endswith(f"/{lake.MANIFEST}")]
     listed = {file for folder in folders if (manifest := lake.read_manifest(storage, folder)) for file in manifest.files}
     # What was rejected stands in the manifest of the rows.
     complete = {*folders, *(folder.replace("rows/", "rejects/", 1) for folder in folders if folder.startswith("rows/"))}
+    merged = {name.rpartition("/")[0] for name in names if name.startswith("statistics/") and name.endswith("/statistics.pb")}
+    yield from (name for name in names if (parts := name.partition("/units/"))[1] and parts[0] in merged)
     for name in names:
         above = itertools.accumulate(name.split("/")[:-1], "{}/{}".format)
         if name not in listed and not name.endswith(f"/{lake.MANIFEST}") and not complete.isdisjoint(above):

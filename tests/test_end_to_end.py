@@ -177,7 +177,7 @@ def test_every_month_is_watched(undisturbed: tuple[str, str, list[str]]) -> None
         assert (drifted["previous"], told["month"]) == (before, before) and not [
             row for row in drifted["compared"] if row["action"] == "stop"
         ]
-        assert output.splitlines().count(f"  ALARM {drifted['alarms'][0]}" if drifted["alarms"] else "") == bool(drifted["alarms"])
+        assert output.splitlines().count(f"  ! {drifted['alarms'][0]}" if drifted["alarms"] else "") == bool(drifted["alarms"])
         if before is None:
             assert not told["rows"] and not drifted["compared"] and moved is None
             continue

@@ -124,7 +124,7 @@ def test_a_month_with_nothing_to_learn_from_is_scored_with_the_champion(
     assert (stopped["event"], stopped["month"], stopped["status"]) == ("stopped", SEPTEMBER, 4)
     assert stopped["alarms"][0].startswith("missing clicked: 100.0%") and "missing clicked: 100.0%" in stopped["why"]
     # The alarms come first in the summary; and nobody is there to be told of it.
-    assert f"{url} was not told how {SEPTEMBER} ended" in caplog.messages[-1] and caplog.messages[-2].endswith("balanced")
+    assert f"127.0.0.1 was not told how {SEPTEMBER} ended" in caplog.messages[-1] and caplog.messages[-2].endswith("balanced")
     told_last, _ = lake.read_pointer(storage, lake.CURRENT, Current)
     assert storage.read_json(f"{lake.run_folder(SEPTEMBER, told_last.run)}/report.json")["alarms"] == stopped["alarms"]
     shown = capsys.readouterr().out.splitlines()
