@@ -28,7 +28,7 @@ from beam_jobs.arrow import CommitStage, Repartition, ShardPair, Unit, pair_shar
 from beam_jobs.config import Config
 from beam_jobs.run import MonthRun
 from beam_jobs.workers import Listed
-from model.features import is_mature
+from model.features import MONTH, is_mature
 from schemas import lake
 from schemas.csv_records import Layout, is_packed
 from schemas.hashing import hash64_column, salted, shard_of_column
@@ -215,11 +215,12 @@ def write_rows(pair: ShardPair, run: MonthRun) -> Receipt:
     keys = table["key"].combine_chunks()
     order = np.lexsort((np.arange(len(keys)), hash64_column(keys, salted("order"))))
     batches = table.take(pa.array(order)).to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
-    counts = {"ingested": table.num_rows}
+    counts, month = {"ingested": table.num_rows}, lake.month_number(run.month)
     if run.contract.mature_before:
-        counts["too young"] = int(np.count_nonzero(~is_mature(table, run.contract, lake.month_number(run.month))))
+        counts["too young"] = int(np.count_nonzero(~is_mature(table, run.contract, month)))
     receipt = write_parquet(run.storage, run.stage("rows"), f"shard/{pair.left[0].name}", batches, counts)
-    statistics.write(run.storage, statistics.unit_file(receipt.file), statistics.of_rows(table, run.contract))
+    dated = table.append_column(MONTH, pa.repeat(pa.scalar(month, pa.int32()), len(table)))
+    statistics.write(run.storage, statistics.unit_file(receipt.file), statistics.of_rows(dated, run.contract))
     return receipt
 
 

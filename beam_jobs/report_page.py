@@ -249,10 +249,10 @@ def index(storage: Storage) -> dict:
     for run in reversed(all_runs(storage)):
         summary, folder = read(storage, run.month, run.id), lake.run_folder(run.month, run.id)
         realised = storage.read_json(f"{folder}/realised.json")
-        if (found := sections.overall(realised)) and realised["month"] not in judged:
-            judged[realised["month"]] = found
         # What was published when its page was made may have been replaced since.
         replaced = run.published and lake.publications(storage, run.month)[-1].run != run.id
+        if (found := sections.overall(realised)) and (realised["month"] not in judged or (run.published and not replaced)):
+            judged[realised["month"]] = found
         unread = PUBLISHED if run.published else UNFINISHED
         status = REPLACED if replaced else summary.status if summary else unread
         lines.append(

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from beam_jobs import duplicates, ingest
+from beam_jobs import duplicates, ingest, statistics
 from beam_jobs.arrow import Unit, shards_for, spill_sections
 from beam_jobs.config import Config
 from beam_jobs.run import MonthRun, prepare
@@ -246,6 +246,13 @@ def test_rows_too_young_are_counted(tmp_path: pathlib.Path) -> None:
     Folder(str(tmp_path)).write(raw_ads(MONTH) + "a.csv", rows.encode())
     _, manifest = ingested(Config(lake=str(tmp_path), contract=str(contract)))
     assert (manifest.count("ingested"), manifest.count("too young")) == (3, 2)
+    # In the statistics they are not labelled either.
+    files = [statistics.unit_file(file) for file in manifest.files]
+    found = statistics.merged(statistics.read(Folder(str(tmp_path)), file) for file in files)
+    assert {slice_: statistics.in_slice(found, slice_)["began"].rows for slice_ in ("labelled", "unlabelled")} == {
+        "labelled": 1,
+        "unlabelled": 2,
+    }
 
 
 @pytest.mark.parametrize("packed", [False, True])
