@@ -8,6 +8,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from serving.app import SCORES, Headers, Service, problem_body
 
 MAX_HEADER_BYTES = 32 << 10
+MAX_PIPELINED = 100
 # Seconds: for a request to come in whole and its answer to be taken, for an idle connection, and to be read by who is refused.
 REQUEST_SECONDS, IDLE_SECONDS, REFUSED_SECONDS = 5, 60, 1.0
 
@@ -75,6 +76,8 @@ class Protocol(HttpToolsProtocol):
                 return
         elif len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEADER_BYTES:
             self._refuse_headers()
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self.refuse(503, f"More than {MAX_PIPELINED} requests wait for their answers to be taken.")
         if not self._refused:
             super().on_headers_complete()
 

@@ -128,7 +128,7 @@ def test_a_month_with_nothing_to_learn_from_is_scored_with_the_champion(
     told_last, _ = lake.read_pointer(storage, lake.CURRENT, Current)
     assert storage.read_json(f"{lake.run_folder(SEPTEMBER, told_last.run)}/report.json")["alarms"] == stopped["alarms"]
     shown = capsys.readouterr().out.splitlines()
-    assert shown[next(i for i, line in enumerate(shown) if "missing clicked: 100.0%" in line) - 1].startswith(f"{SEPTEMBER} is ")
+    assert shown[next(i for i, line in enumerate(shown) if "! missing clicked: 100.0%" in line) - 1].startswith(f"{SEPTEMBER} is ")
     assert "champion kept: nothing could be learnt from 2026-09" in caplog.text
     assert {version[:7] for version in scores(storage)["model_version"].to_pylist()} == {AUGUST}
     champion, _ = lake.read_pointer(storage, lake.CHAMPION, Champion)

@@ -141,10 +141,10 @@ def test_what_changed_comes_first(world: World, runs: tuple[MonthRun, MonthRun],
     page = page_of(world, runs[1])
     words = " ".join(text_of(page[page.index("<body") :]).split())
     verdict = f"{THIS} is published: {ROWS:,} ads are scored by a new model, which the gate let take the champion's place."
-    assert words.startswith(" ".join(f"{THIS} run {runs[1].id} {verdict} {judged} {alarm} Ads scored {ROWS:,}".split()))
+    assert words.startswith(" ".join(f"{THIS} run {runs[1].id} {verdict} {alarm} realised warn: {judged} Ads scored {ROWS:,}".split()))
     assert main(["report", runs[1].id, "--lake", world.config.lake]) == 0
     shown = capsys.readouterr().out.splitlines()
-    assert shown[:3] == [verdict, f"  ! {judged}", f"  ! {alarm}"] and "\x1b" not in "".join(shown)
+    assert shown[:3] == [verdict, f"  ! {alarm}", f"  ! realised warn: {judged}"] and "\x1b" not in "".join(shown)
 
 
 def test_the_numbers_are_what_plain_code_computes(world: World, runs: tuple[MonthRun, MonthRun]) -> None:
