@@ -47,7 +47,7 @@ class Service:
 
     Attributes:
         waiting: why there is no table yet, a sentence.
-        table, before: what is served, and what was before it.
+        table: what is served.
     """
 
     def __init__(self, counters: Counters | None = None, tokens: Tokens | None = None) -> None:
@@ -55,7 +55,6 @@ class Service:
         self.counters, self.tokens = counters or Counters(bytearray(BYTES)), tokens
         self.waiting = "The lookup table is being loaded; try again soon."
         self.table: Table | None = None
-        self.before: Table | None = None
         self._suffix = self._etag = b""
         self._headers: Headers = []
         self._document = _dumps(document(MAX_KEYS, MAX_BODY_BYTES, tokens is not None))
@@ -64,14 +63,14 @@ class Service:
         """Answer from `table` from now on; the one before is closed when the last batch that reads it is done."""
         # On the event loop, as `_score` is, so no GET is between its lookup and its answer.
         modified = format_datetime(table.created.astimezone(datetime.UTC), usegmt=True).encode()
-        self.before, self.table = self.table, table
+        before, self.table = self.table, table
         self._etag = b'"%s"' % table.run.encode()
         # What a cache holds is asked for again each time, at the price of a 304: or a roll-back would not reach everybody.
         validators = [(b"etag", b"W/" + self._etag), (b"last-modified", modified), (b"cache-control", b"no-cache")]
         self._headers = [_JSON, *validators]
         self.tick()
-        if self.before is not None:
-            self.before.close()
+        if before is not None:
+            before.close()
 
     def tick(self) -> None:
         """What changes by itself: to be called every second or so."""

@@ -49,7 +49,6 @@ class Table:
         created: when the table was built, UTC.
         model_version: the ranker that scored it.
         encoder_version: the encoder whose embeddings the ranker used.
-        closed: whether its shards are unmapped.
     """
 
     def __init__(self, folder: pathlib.Path, verified: bool = False) -> None:
@@ -71,7 +70,7 @@ class Table:
         self.model_version: str = manifest.info["model_version"]
         self.encoder_version: str = manifest.info["encoder_version"]
         self._shards = int(manifest.info["shards"])
-        self._readers, self._closing, self.closed = 0, False, False
+        self._readers, self._closing = 0, False
         self._open = contextlib.ExitStack()
         receipts = sorted(manifest.receipts, key=lambda receipt: receipt.unit)
         if not verified:
@@ -112,7 +111,6 @@ class Table:
         """Unmap the shards once nobody reads; `get` raises from then on. Their files may be gone already."""
         self._closing = True
         if not self._readers:
-            self.closed = True
             self._open.close()
 
     def __enter__(self) -> "Table":
