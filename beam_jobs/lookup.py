@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from beam_jobs.arrow import UNIT_ROWS, CommitStage, Repartition, Unit, read_unit, shards_for
 from beam_jobs.run import MonthRun
-from beam_jobs.shard import json_objects, key_numbers, write_file
+from beam_jobs.shard import CHUNK_ROWS, json_objects, key_numbers, records, write_file
 from beam_jobs.workers import Listed
 from schemas import lake
 from schemas.lake import Manifest, Receipt
@@ -55,22 +55,31 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun, scores: Manifest) -> Non
 
 
 def read_scores(storage: Storage, file: str) -> Iterator[pa.RecordBatch]:
-    """A score file's rows, without what is the same for all."""
+    """A score file's rows, without what is the same for all, behind a first column with the numbers of their keys."""
     for batch in read_parquet(storage, file):
-        yield batch.select([name for name in batch.schema.names if name not in SAME_FOR_ALL])
+        kept = [name for name in batch.schema.names if name not in SAME_FOR_ALL]
+        numbers = pa.array(key_numbers(batch["key"]))
+        yield pa.RecordBatch.from_arrays([numbers, *(batch[name] for name in kept)], ["", *kept])
 
 
 def shard_of_key(batch: pa.RecordBatch, shards: int) -> np.ndarray:
-    """As `serving.shard.shard_of`, for a whole column: shape (rows,), dtype uint32."""
-    return key_numbers(batch["key"]) % np.uint32(shards)
+    """As `serving.shard.shard_of`, for a batch of `read_scores`: shape (rows,), dtype uint32."""
+    return batch.column(0).to_numpy() % np.uint32(shards)
 
 
 def write_shard(unit: Unit, storage: Storage, folder: str, shards: int) -> Receipt:
     """Write a shard's rows as its file."""
-    table = pa.Table.from_batches(read_unit(storage, unit)).combine_chunks()
     name = shard_name(unit.shard, shards)
     with tempfile.TemporaryDirectory(prefix="adstocrat-") as temporary:
         path = pathlib.Path(temporary) / "shard"
-        rows = write_file(path, table["key"].combine_chunks(), lambda some: json_objects(table.take(some).to_batches()[0]), shards)
+        rows = write_file(path, records_of(unit, storage), shards)
         file, checksum = upload(storage, path, lake.unique(folder, name, ".shard"))
     return Receipt(name, file, rows, {"entries": rows}, checksum)
+
+
+def records_of(unit: Unit, storage: Storage) -> Iterator[tuple[np.ndarray, pa.Array]]:
+    """A shard's rows in parts that the caches hold: the numbers of their keys, and what the shard has of them."""
+    for batch in read_unit(storage, unit):
+        for at in range(0, len(batch), CHUNK_ROWS):
+            some = batch.slice(at, CHUNK_ROWS)
+            yield some.column(0).to_numpy(), records(some["key"], json_objects(some.select(some.schema.names[1:])))

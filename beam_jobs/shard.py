@@ -1,8 +1,10 @@
 """A shard of the lookup table, written as `serving.shard` reads it: rows by the bucket of their key, each as ready JSON."""
 
+import io
 import json
 import pathlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterable
 from zlib import crc32
 
 import numpy as np
@@ -19,14 +21,17 @@ def key_numbers(keys: pa.Array) -> np.ndarray:
     return np.fromiter(map(crc32, keys.cast(pa.binary()).to_pylist()), np.uint32, len(keys))
 
 
-def write_file(path: pathlib.Path, keys: pa.Array, values_of: Callable[[pa.Array], pa.Array], shards: int) -> int:
+def records(keys: pa.Array, values: pa.Array) -> pa.Array:
+    """Keys with their values, both strings, as a shard has them: binary."""
+    return pc.binary_join_element_wise(keys.cast(pa.binary()), pa.scalar(KEY_END), values.cast(pa.binary()), pa.scalar(END), pa.scalar(b""))
+
+
+def write_file(path: pathlib.Path, parts: Iterable[tuple[np.ndarray, pa.Array]], shards: int) -> int:
     """Write one shard.
 
     Args:
         path: the file to write, on a local disk.
-        keys: of its rows, strings.
-        values_of: the values, strings, of the rows with these numbers; asked for some thousand rows at a time, for a shard's rows as
-            JSON are several times what they are as columns.
+        parts: its rows in parts, in any order: the `key_numbers` and the `records` of each.
         shards: of the whole table.
 
     Returns:
@@ -35,40 +40,50 @@ def write_file(path: pathlib.Path, keys: pa.Array, values_of: Callable[[pa.Array
     Raises:
         ValueError: a key is empty or repeats; names it.
     """
-    numbers, rows = key_numbers(keys), len(keys)
-    _check(keys, numbers)
-    buckets = max(1, rows)
+    numbers, rows = _collect(parts)
+    _check(numbers, rows)
+    buckets = max(1, len(rows))
     bucket = numbers // np.uint32(shards) % np.uint32(buckets)
     order = np.argsort(bucket, kind="stable")
+    sizes = np.diff(np.frombuffer(rows.buffers()[1], np.int64))
     index_end = HEADER.size + 8 * (buckets + 1)
-    starts = [np.array([index_end + len(END)], np.uint64)]
+    ends = np.concatenate([[0], np.cumsum(sizes[order])]) + index_end + len(END)
+    first = np.concatenate([[0], np.cumsum(np.bincount(bucket, minlength=buckets))])  # Row of each bucket.
     with path.open("wb") as stream:
-        stream.seek(index_end)
+        stream.write(HEADER.pack(MAGIC, len(rows), buckets, int(ends[-1])))
+        stream.write(ends[first].astype("<u8").tobytes())
         stream.write(END)
-        for at in range(0, rows, CHUNK_ROWS):
-            some = pa.array(order[at : at + CHUNK_ROWS])
-            key, value = keys.take(some).cast(pa.binary()), values_of(some).cast(pa.binary())
-            records = pc.binary_join_element_wise(key, pa.scalar(KEY_END), value, pa.scalar(END), pa.scalar(b""))
-            ends = np.frombuffer(records.buffers()[1], np.int32, len(records) + 1)
-            stream.write(records.buffers()[2].slice(int(ends[0]), int(ends[-1] - ends[0])))
-            starts.append((ends[1:] - ends[0]).astype(np.uint64) + starts[-1][-1])
-        first = np.concatenate([[0], np.cumsum(np.bincount(bucket, minlength=buckets))])  # Row of each bucket.
-        of_rows = np.concatenate(starts)
-        stream.seek(0)
-        stream.write(HEADER.pack(MAGIC, rows, buckets, int(of_rows[-1])))
-        stream.write(of_rows[first].astype("<u8").tobytes())
-    return rows
+        for at in range(0, len(rows), CHUNK_ROWS):
+            stream.write(rows.take(pa.array(order[at : at + CHUNK_ROWS])).buffers()[2])
+    return len(rows)
 
 
-def _check(keys: pa.Array, numbers: np.ndarray) -> None:
-    if pc.any(pc.equal(keys, "")).as_py():
+def _collect(parts: Iterable[tuple[np.ndarray, pa.Array]]) -> tuple[np.ndarray, pa.Array]:
+    """All parts as one, with 64-bit offsets, for a shard can have more than 2 GiB.
+
+    In one buffer that grows: memory that is new to the process costs as much as all that is done with it here, so parts should be small
+    enough for the allocator to use theirs again.
+    """
+    data, numbers, sizes = io.BytesIO(), [np.empty(0, np.uint32)], [np.zeros(1, np.int64)]
+    for of_part, rows in parts:
+        offsets = np.frombuffer(rows.buffers()[1], np.int32, len(rows) + 1, rows.offset * 4)
+        data.write((rows.buffers()[2] or b"")[int(offsets[0]) : int(offsets[-1])])
+        numbers.append(of_part)
+        sizes.append(np.diff(offsets))
+    starts = np.cumsum(np.concatenate(sizes))
+    buffers = [None, pa.py_buffer(starts), pa.py_buffer(data.getbuffer())]
+    return np.concatenate(numbers), pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(starts) - 1, buffers)
+
+
+def _check(numbers: np.ndarray, rows: pa.Array) -> None:
+    if pc.any(pc.starts_with(rows, KEY_END)).as_py():
         raise ValueError("a key is empty; expected 1 to 500 bytes")
     ordered = np.sort(numbers)
     # Keys that repeat have the same number; few others do.
-    same = pc.value_counts(keys.filter(pa.array(np.isin(numbers, ordered[1:][ordered[1:] == ordered[:-1]]))))
-    repeated = same.field("values").filter(pc.greater(same.field("counts"), 1))
-    if len(repeated):
-        raise ValueError(f"key {repeated[0].as_py()!r} repeats; expected keys that are unique in a month")
+    suspects = rows.filter(pa.array(np.isin(numbers, ordered[1:][ordered[1:] == ordered[:-1]]))).to_pylist()
+    (key, times), *_ = Counter(record.partition(KEY_END)[0] for record in suspects).most_common(1) or [(b"", 1)]
+    if times > 1:
+        raise ValueError(f"key {key.decode()!r} repeats; expected keys that are unique in a month")
 
 
 def json_objects(batch: pa.RecordBatch) -> pa.Array:

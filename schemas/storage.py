@@ -82,7 +82,7 @@ class Storage(abc.ABC):
 
     @abc.abstractmethod
     def upload(self, path: pathlib.Path, name: str) -> None:
-        """Write a local file under `name`, whole."""
+        """Write a local file under `name`, whole; nobody may write to it from then on."""
 
     @abc.abstractmethod
     def local(self, name: str) -> contextlib.AbstractContextManager[pathlib.Path]:
@@ -232,7 +232,11 @@ class Folder(Storage):
     def upload(self, path: pathlib.Path, name: str) -> None:
         target = self._root / name
         temporary = self._temporary(target, b"")
-        shutil.copyfile(path, temporary)
+        temporary.unlink()
+        try:
+            os.link(path, temporary)  # On one disk nothing has to be copied.
+        except OSError:
+            shutil.copyfile(path, temporary)
         os.replace(temporary, target)
 
     @contextlib.contextmanager
