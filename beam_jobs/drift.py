@@ -75,7 +75,8 @@ def compare(before: Sketches, now: Sketches, contract: Contract, missing_limit: 
     for column in (column for column in contract.kept if column.name in old.keys() & new.keys()):
         a, b = old[column.name], new[column.name]
         yield _share(MISSING, column.name, None, (a.missing, a.rows), (b.missing, b.rows), missing_limit, "of the rows have no value")
-        if not column.tags & {"key", "image", "mature_before"} and a.known and b.known:
+        # A column that is of another type now has nothing to be compared with.
+        if not column.tags & {"key", "image", "mature_before"} and a.known and b.known and bool(a.top) == bool(b.top):
             ordinary = _ordinary(usual(DRIFT, column.name, None)) if column.categorical else 0.0
             yield _distribution(DRIFT, column, a, b, max(column.drift or _limit(column), ordinary))
     yield from _clicks(before, now, contract)
@@ -107,7 +108,7 @@ def churn(before: Sketches, now: Sketches, contract: Contract, usual: Usual) -> 
     named = [(statistics.key_of(contract), "rows")] + ([(contract.image.name, "images")] if contract.image else [])
     old, new = statistics.of_all(before), statistics.of_all(now)
     for name, what in named:
-        a, b = old[name], new[name]
+        a, b = old.get(name, Sketch()), new[name]
         counts = (a.rows, b.rows) if what == "rows" else (a.unique, b.unique)
         if not all(counts):
             continue
@@ -171,14 +172,18 @@ def execute(run: MonthRun) -> None:
         AlarmError: an alarm stops the month.
     """
     now, window = statistics.merge(run), dict(run.window[:-1])
-    month, id = previous(run)
-    before = statistics.of_run(run.storage, month, id) if month else {}
+    month, id = _latest(run)
+    before, follows = statistics.of_run(run.storage, month, id) if month else {}, month == lake.month_after(run.month, -1)
     found: list[Compared] = []
     if before:
         usual = _Usual(run.storage, run.month)
         found += compare(before, now, run.contract, run.config.monitor_missing, usual)
+        if follows:  # In two months more comes and goes than is usual of one.
+            found += churn(before, now, run.contract, usual)
+        else:
+            found = [dataclasses.replace(one, told=f"{one.told} (which was {month})") for one in found]
+    if window:
         found += skew([*(statistics.of_run(run.storage, *pair) for pair in window.items()), now], now, run.contract)
-        found += churn(before, now, run.contract, usual)
     if month in window and run.contract.image:
         found += embeddings(run.contract.image.name, *(_embedded(run, *pair) for pair in ((month, id), (run.month, run.id))))
     document = {"previous": month or None, **ruled(found, run.config.monitor_stop)}
@@ -220,6 +225,15 @@ def previous(run: MonthRun) -> tuple[str, str]:
     month = lake.month_after(run.month, -1)
     notes = [note.run for note in lake.publications(run.storage, month) if note.contract == run.contract.fingerprint]
     return (month, dict(run.earlier).get(month, notes[-1])) if notes else ("", "")
+
+
+def _latest(run: MonthRun) -> tuple[str, str]:
+    """The last month before with a published run, and that run, be there a gap or another contract; ("", "") where there is none."""
+    for back in range(1, _TRAILING + 1):
+        month = lake.month_after(run.month, -back)
+        if notes := lake.publications(run.storage, month):
+            return month, dict(run.earlier).get(month, notes[-1].run)
+    return "", ""
 
 
 def _file(month: str, id: str) -> str:

@@ -275,8 +275,13 @@ def _score(run: MonthRun, flags: Flags) -> None:
     from beam_jobs import evaluate, score, shift
 
     evaluate.check_promoted(run)
-    _pipeline("score", score.define_pipeline, flags, run, run.manifest(run.stage("evaluation"), "evaluate"))
+    if lake.read_manifest(run.storage, run.stage("scores")) is None:
+        _pipeline("score", score.define_pipeline, flags, run, run.manifest(run.stage("evaluation"), "evaluate"))
     shift.explain(run)
+
+
+def _score_is_complete(run: MonthRun) -> bool:
+    return _complete(_of("scores"))(run) and run.storage.read_json(f"{run.folder}/shift.json") is not None
 
 
 def _tell_score(run: MonthRun) -> tuple[str, int]:
@@ -334,7 +339,7 @@ STAGES = (
     Stage("drift", drift.is_complete, _drift, _tell_drift),
     Stage("train", _complete(_ranker_folder), _train, _tell_model(_ranker_folder)),
     Stage("evaluate", _complete(_of("evaluation")), _evaluate, _tell_evaluate),
-    Stage("score", _complete(_of("scores")), _score, _tell_score),
+    Stage("score", _score_is_complete, _score, _tell_score),
     Stage("lookup", _complete(_of("lookup")), _lookup, _tell_lookup),
     Stage("publish", _is_published, _publish, _tell_publish),
 )

@@ -73,7 +73,7 @@ def collect(run: MonthRun, status: str, verdict: str) -> dict[str, Any]:
         "evidence": sections.evidence(scored) if scored else None,
         "low_evidence": LOW_EVIDENCE,
         "faults": faults,
-        "drift": sections.drift(drift, *_statistics(run)) if drift else None,
+        "drift": sections.drift(drift, *_statistics(run, drift["previous"])) if drift else None,
         "realised": sections.realised(realised) if realised else None,
         "stages": _stages(left),
         "lineage": _lineage(left),
@@ -91,9 +91,9 @@ def _before(run: MonthRun) -> Month | None:
     return found and found[0]
 
 
-def _statistics(run: MonthRun) -> list[dict]:
-    """What is known of the columns, of the month before and of this one."""
-    noted = lake.publications(run.storage, lake.month_after(run.month, -1))
+def _statistics(run: MonthRun, previous: str | None) -> list[dict]:
+    """What is known of the columns, of the month that was compared with and of this one."""
+    noted = lake.publications(run.storage, previous) if previous else []
     runs = [(noted[-1].month, noted[-1].run) if noted else ("", ""), (run.month, run.id)]
     return [sections.statistics(run.storage, run.contract, *which) for which in runs]
 

@@ -29,7 +29,7 @@ EDGES = np.logspace(-5, 0, 101)
 EVIDENCE = ("never shown", f"fewer than {LOW_EVIDENCE} impressions", f"{LOW_EVIDENCE} impressions or more")
 _COLUMNS = ["key", "p_click", "creative", "evidence_key", "evidence_creative"]
 _KEYS_HELD = 8_000_000
-_MOVERS, _GALLERY, _GROUPS = 8, 12, 2
+_MOVERS, _GALLERY, _GROUPS, _GROUPS_OF_A_BATCH = 8, 12, 2, 16_384
 # A group of fewer ads moves by chance.
 _GROUP_ADS = 30
 
@@ -108,8 +108,10 @@ def read(run: MonthRun, before: Month | None = None) -> tuple[Month, Moved | Non
         evidence += np.stack([np.bincount(classes, weights, 3) for weights in (np.ones(len(p)), p, unseen)], axis=1)
         table = pa.Table.from_batches([batch])
         creatives.append(_summed(table, "creative", [("evidence_creative", "max"), ("key", "first")]))
-        for name in of_groups:
+        for name in of_groups.keys() & groups.keys():
             groups[name].append(_summed(table.append_column("value", of_groups[name]), "value", [("creative", "first")]))
+            if len(groups[name][-1]) > _GROUPS_OF_A_BATCH:
+                del groups[name]  # These are no groups, and as many as ads to hold.
         hashes = hash64_column(batch["key"])
         chosen = np.flatnonzero(hashes % np.uint64(step) == 0) if step > 1 else np.arange(len(hashes))
         held.append((hashes[chosen], p[chosen]))

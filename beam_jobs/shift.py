@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,23 +20,26 @@ _FILES, _ROWS = 32, 4_096
 
 
 def explain(run: MonthRun) -> None:
-    """Write `shift.json`: the means of both months, and of last month's model on this month's rows; nothing where that cannot be told."""
+    """Write `shift.json`: the means of both months, and of last month's model on this month's rows; empty where that cannot be told."""
+    run.storage.write(f"{run.folder}/shift.json", json.dumps(_told(run), indent=1).encode())
+
+
+def _told(run: MonthRun) -> dict[str, Any]:
     month, id = drift.previous(run)
     old = lake.read_manifest(run.storage, lake.stage_folder("scores", month, id)) if month else None
     new = run.manifest(run.stage("scores"), "score")
     if old is None:
-        return
+        return {}
     before, now = _mean(run, old), _mean(run, new)
     crossed = now if old.info == new.info else _crossed(run, old, now, new)
     if crossed is None or not before:
-        return
+        return {}
     parts = {"mix": crossed / before - 1, "model": (now - crossed) / before}
     sentence = (
         f"mean p_click {now:.5f}, {before:.5f} in {month} ({now / before - 1:+.1%}): {parts['mix']:+.1%} from the mix of ads, as "
         f"ranker {old.info['ranker']} has this month's, and {parts['model']:+.1%} from the model"
     )
-    told = {"previous": month, "last": before, "this": now, **parts, "sentence": sentence}
-    run.storage.write(f"{run.folder}/shift.json", json.dumps(told, indent=1).encode())
+    return {"previous": month, "last": before, "this": now, **parts, "sentence": sentence}
 
 
 def _some(receipts: Sequence[Receipt]) -> list[Receipt]:

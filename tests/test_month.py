@@ -86,15 +86,19 @@ def test_whatever_a_month_lacks_it_is_scored(
     assert all(0 < p < 1 for p in table["p_click"].to_pylist())
 
 
-def test_a_changed_contract_starts_from_scratch_and_is_published(tmp_path: pathlib.Path) -> None:
-    storage = Folder(str(tmp_path / "lake"))
-    for month, columns in ((AUGUST, (KEY, IMAGE, DEVICE, CLICKED)), (SEPTEMBER, (KEY, IMAGE, DEVICE, BID, CLICKED))):
-        deliver(storage, month)
+def test_a_changed_contract_after_a_gap_starts_from_scratch_and_is_published(tmp_path: pathlib.Path) -> None:
+    """What both have is compared all the same, but not how much came and went."""
+    storage, october = Folder(str(tmp_path / "lake")), "2026-10"
+    for month, columns in ((AUGUST, (KEY, IMAGE, DEVICE, CLICKED)), (october, (KEY, IMAGE, DEVICE, BID, CLICKED))):
+        deliver(storage, month, more="" if month == AUGUST else "\n".join(f"n{i},i0.png,c,0.5,0" for i in range(200)))
         assert run(storage, tmp_path, month, *columns) == 0
     current, _ = lake.read_pointer(storage, lake.CURRENT, Current)
     champion, _ = lake.read_pointer(storage, lake.CHAMPION, Champion)
-    assert current is not None and current.month == SEPTEMBER
-    assert champion is not None and champion.ranker == f"{SEPTEMBER}-{current.run}" and champion.encoder.startswith(AUGUST)
+    assert current is not None and current.month == october
+    assert champion is not None and champion.ranker == f"{october}-{current.run}" and champion.encoder.startswith(AUGUST)
+    drifted = storage.read_json(f"{lake.run_folder(october, current.run)}/drift.json")
+    assert drifted["previous"] == AUGUST and "churn" not in {row["kind"] for row in drifted["compared"]}
+    assert any(told.startswith("drift device (c)") and f"last month (which was {AUGUST})" in told for told in drifted["alarms"])
 
 
 def test_a_month_with_nothing_to_learn_from_is_scored_with_the_champion(
