@@ -77,8 +77,9 @@ GET = """
 math.randomseed(os.time())
 request = function() return wrk.format("GET", string.format("/v1/scores/ad%08d", math.random(0, ROWS - 1))) end
 """
-# Pauses between a connection's requests, drawn from 0 to twice their mean, make a steady rate of a closed loop.
-PACED = GET + "delay = function() return math.random(0, DELAY) end\n"
+# Pauses between a connection's requests, drawn from 0 to twice their mean, make a steady rate of a closed loop; whole milliseconds, as wrk
+# wants them, are drawn so that their mean need not be one.
+PACED = GET + "delay = function() return math.floor(math.random() * DELAY + math.random()) end\n"
 POST = """
 math.randomseed(os.time())
 local bodies = {}
@@ -415,14 +416,13 @@ def bench(work: pathlib.Path, rows: int, seconds: int, rounds: int) -> Iterator[
 
 def paced(load: Load, server: Measured, wanted: float, seconds: int) -> tuple[float, float]:
     """Rate and 99th percentile (ms) of a load of about `wanted` requests/s."""
-    delay = round(2000 * CONNECTIONS / wanted)
-    for _ in range(4):
+    delay = 2000 * CONNECTIONS / wanted
+    for _ in range(6):
         rate = load(server, PACED.replace("DELAY", str(delay)), seconds, count=False)
-        # Each connection's turn is its mean pause and the answer's time.
-        closer = max(0, round(delay + 2000 * CONNECTIONS * (1 / wanted - 1 / rate)))
-        if closer == delay:
+        if abs(rate / wanted - 1) < 0.03:
             break
-        delay = closer
+        # Each connection's turn is its mean pause and the answer's time.
+        delay = max(0.0, delay + 2000 * CONNECTIONS * (1 / wanted - 1 / rate))
     return load(server, PACED.replace("DELAY", str(delay)), 2 * seconds, count=False), server.p99
 
 
