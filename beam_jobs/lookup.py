@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from beam_jobs.arrow import UNIT_ROWS, CommitStage, Repartition, Unit, read_unit, shards_for
 from beam_jobs.run import MonthRun
-from beam_jobs.shard import CHUNK_ROWS, json_objects, key_numbers, records, write_file
+from beam_jobs.shard import CHUNK_ROWS, key_numbers, records, write_file
 from beam_jobs.workers import Listed
 from schemas import lake
 from schemas.lake import Manifest, Receipt
@@ -82,4 +82,4 @@ def records_of(unit: Unit, storage: Storage) -> Iterator[tuple[np.ndarray, pa.Ar
     for batch in read_unit(storage, unit):
         for at in range(0, len(batch), CHUNK_ROWS):
             some = batch.slice(at, CHUNK_ROWS)
-            yield some.column(0).to_numpy(), records(some["key"], json_objects(some.select(some.schema.names[1:])))
+            yield some.column(0).to_numpy(), records(some.select(range(1, some.num_columns)))

@@ -18,12 +18,18 @@ CHUNK_ROWS = 16_384
 
 def key_numbers(keys: pa.Array) -> np.ndarray:
     """The CRC-32 of each key: shape (rows,), dtype uint32."""
-    return np.fromiter(map(crc32, keys.cast(pa.binary()).to_pylist()), np.uint32, len(keys))
+    return np.fromiter(map(crc32, keys.cast(pa.binary()).to_numpy(zero_copy_only=False)), np.uint32, len(keys))
 
 
-def records(keys: pa.Array, values: pa.Array) -> pa.Array:
-    """Keys with their values, both strings, as a shard has them: binary."""
-    return pc.binary_join_element_wise(keys.cast(pa.binary()), pa.scalar(KEY_END), values.cast(pa.binary()), pa.scalar(END), pa.scalar(b""))
+def records(batch: pa.RecordBatch) -> pa.Array:
+    """Each row as a shard has it, binary: its `key`, and all of it as a JSON object; made by column."""
+    pieces, text = [batch["key"]], KEY_END + b"{"
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        quote = b'"' if is_plain(column) else b""
+        pieces += [text + json.dumps(name, ensure_ascii=False).encode() + b":" + quote, column if quote else json_values(column)]
+        text = quote + b","
+    pieces += [text[:-1] + b"}" + END, b""]
+    return pc.binary_join_element_wise(*(pa.scalar(p) if isinstance(p, bytes) else p.cast(pa.binary()) for p in pieces))
 
 
 def write_file(path: pathlib.Path, parts: Iterable[tuple[np.ndarray, pa.Array]], shards: int) -> int:
@@ -84,16 +90,6 @@ def _check(numbers: np.ndarray, rows: pa.Array) -> None:
     (key, times), *_ = Counter(record.partition(KEY_END)[0] for record in suspects).most_common(1) or [(b"", 1)]
     if times > 1:
         raise ValueError(f"key {key.decode()!r} repeats; expected keys that are unique in a month")
-
-
-def json_objects(batch: pa.RecordBatch) -> pa.Array:
-    """Each row as a JSON object in one string, made by column."""
-    pieces, text = [], "{"
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        quote = '"' if is_plain(column) else ""
-        pieces += [pa.scalar(f"{text}{json.dumps(name, ensure_ascii=False)}:{quote}"), column if quote else json_values(column)]
-        text = quote + ","
-    return pc.binary_join_element_wise(*pieces, pa.scalar(text[:-1] + "}"), pa.scalar(""))
 
 
 def is_plain(column: pa.Array) -> bool:

@@ -15,10 +15,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from beam_jobs.shard import key_numbers, records, write_file
+from beam_jobs.shard import key_numbers, write_file
 from schemas.lake import Current, Manifest, Receipt, commit, read_manifest
 from schemas.storage import Folder, Storage, crc32c
-from serving.shard import shard_name, shard_of
+from serving.shard import END, KEY_END, shard_name, shard_of
 
 ODD_KEYS = [
     "plain",
@@ -46,8 +46,8 @@ def row(key: str, p_click: float = 0.0123) -> bytes:
 
 
 def write_shard(path: pathlib.Path, keys: list[str], values: list[bytes], shards: int = 1) -> int:
-    names = pa.array(keys, pa.string())
-    return write_file(path, [(key_numbers(names), records(names, pa.array(values, pa.binary())))], shards)
+    records = [key.encode() + KEY_END + value + END for key, value in zip(keys, values, strict=True)]
+    return write_file(path, [(key_numbers(pa.array(keys, pa.string())), pa.array(records, pa.binary()))], shards)
 
 
 def publish(

@@ -17,7 +17,7 @@ from schemas.lake import Current, Manifest, Receipt, commit
 from schemas.parquet import write_parquet
 from schemas.storage import Folder
 from serving import store
-from serving.shard import shard_of
+from serving.shard import KEY_END, shard_of
 
 CONTRACT = Contract(
     (
@@ -93,16 +93,17 @@ def test_objects_are_their_rows(name: str) -> None:
     rows = max(len(ODD_STRINGS), len(ODD_FLOATS))
     batch = pa.RecordBatch.from_pydict(
         {
-            "key": (ODD_STRINGS * 2)[:rows],
+            "key": [text or "" for text in (ODD_STRINGS * 2)[:rows]],
             name: (ODD_FLOATS * 2)[:rows],
             "n": (ODD_INTS * 4)[:rows],
             "last": (ODD_STRINGS * 2)[1 : rows + 1],
         }
     )
-    objects = shard.json_objects(batch)
-    assert [json.loads(text) for text in objects.to_pylist()] == batch.to_pylist()
-    assert [list(json.loads(text)) for text in objects.to_pylist()] == [list(row) for row in batch.to_pylist()]
-    assert shard.json_objects(batch.slice(0, 0)).to_pylist() == []
+    keys, objects = zip(*(record[:-1].split(KEY_END) for record in shard.records(batch).to_pylist()), strict=True)
+    assert [key.decode() for key in keys] == batch["key"].to_pylist()
+    assert [json.loads(text) for text in objects] == batch.to_pylist()
+    assert [list(json.loads(text)) for text in objects] == [list(row) for row in batch.to_pylist()]
+    assert shard.records(batch.slice(0, 0)).to_pylist() == []
 
 
 # --- the table ----------------------------------------------------------------------------------------------------------------------------
