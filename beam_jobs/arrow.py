@@ -176,7 +176,7 @@ def spill_sections(
     # Batch by batch, since rows are gathered faster from what the caches hold.
     by_shard, bounds = [], []
     for batch in table.to_batches(max_chunksize=BATCH_ROWS):
-        of_row = np.asarray(assign(batch))
+        of_row = np.asarray(assign(batch)).astype(np.min_scalar_type(shards))  # NumPy sorts small integers in linear time.
         by_shard.append(batch.take(pa.array(np.argsort(of_row, kind="stable"))))
         bounds.append(np.concatenate([[0], np.cumsum(np.bincount(of_row, minlength=shards))]).tolist())
     pieces, addressed, offset = [], [], 0

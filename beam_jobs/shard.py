@@ -50,7 +50,8 @@ def write_file(path: pathlib.Path, parts: Iterable[tuple[np.ndarray, pa.Array]],
     _check(numbers, rows)
     buckets = max(1, len(rows))
     bucket = numbers // np.uint32(shards) % np.uint32(buckets)
-    order = np.argsort(bucket, kind="stable")
+    # As one number with its row, a bucket is sorted several times faster than by a stable sort, and as repeatably.
+    order = (np.sort(bucket.astype(np.int64) << 32 | np.arange(len(rows))) & 0xFFFFFFFF).astype(np.int64)
     sizes = np.diff(np.frombuffer(rows.buffers()[1], np.int64))
     index_end = HEADER.size + 8 * (buckets + 1)
     ends = np.concatenate([[0], np.cumsum(sizes[order])]) + index_end + len(END)
