@@ -230,15 +230,18 @@ def test_the_steps_of_the_readme_run(cluster: None, tmp_path: pathlib.Path) -> N
     """As they stand there, on a small month: workers of the cluster that is up are replaced by those that see another lake."""
     part = (TOP / "README.md").read_text().partition("## On Flink and Prism")[2]
     steps = part.partition("```\n")[2].partition("```")[0]
-    assert all(" ".join(FLINK[at : at + 2]) in " ".join(steps.replace("\\\n", " ").split()) for at in (0, 2, 4))
+    assert all(flag in steps for flag in FLINK)
     small = steps.replace("build/cloud", f"{tmp_path}/cloud").replace("2026-08:2026-08", "2026-08:2026-08 --ads 600 --creatives 40")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("STORAGE_", "CLOUD_STORAGE_", "GOOGLE_"))}
     environment["PATH"] = f"{pathlib.Path(sys.executable).parent}:{environment['PATH']}"
-    done = subprocess.run(
-        ["sh", "-ec", small], cwd=TOP, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
-    print(done.stdout)
-    assert done.returncode == 0 and "  balanced" in done.stdout.splitlines()
+    try:
+        with open(tmp_path / "log", "wb") as log:
+            done = subprocess.run(["sh", "-ec", small], cwd=TOP, env=environment, stdout=log, stderr=log, check=False)
+    finally:
+        main(["local-cloud", "stop", "--state", f"{tmp_path}/cloud"])
+        told = (tmp_path / "log").read_text()
+        print(told)
+    assert done.returncode == 0 and "  balanced" in told.splitlines()
     assert subprocess.run([TOP / "scripts" / "flink", "status"], check=False).returncode == 1
 
 
