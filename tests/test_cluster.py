@@ -154,11 +154,11 @@ def kill_in(job: str, prefix: str, ended: threading.Event) -> str:
     """Kill a TaskManager that has running tasks of the job, once there is something new under the prefix; which one it was."""
     store = open_storage(LAKE)
     while job not in jobs():
-        assert not ended.wait(0.05), f"the month ended without {job}"
+        assert not ended.wait(0.5), f"the month ended without {job}"
     # What a worker of a lost TaskManager wrote late may lie there.
     before, running = set(store.names(prefix)), list[str]()
     while not running:
-        assert not ended.wait(0.02)
+        assert not ended.wait(0.1)
         if set(store.names(prefix)) != before:
             running = [each["taskmanager-id"] for _, each in tasks(jobs()[job]["jid"]) if each["status-counts"].get("RUNNING")]
             assert running or jobs()[job]["state"] != "FINISHED", f"{job} is done: too late to kill anything in it"
@@ -224,6 +224,25 @@ def test_a_full_month_on_flink_is_that_of_the_local_runner(project: str, locally
     written = {id: metrics["write-records"] for id, metrics in read}
     print(f"tasks on {written}")
     assert written.keys() == {"a", "b"} and all(written.values()), read
+
+
+def test_the_steps_of_the_readme_run(cluster: None, tmp_path: pathlib.Path) -> None:
+    """As they stand there, on a small month: workers of the cluster that is up are replaced by those that see another lake."""
+    part = (TOP / "README.md").read_text().partition("## On Flink and Prism")[2]
+    steps = part.partition("```\n")[2].partition("```")[0]
+    assert all(flag in steps for flag in FLINK)
+    small = steps.replace("build/cloud", f"{tmp_path}/cloud").replace("2026-08:2026-08", "2026-08:2026-08 --ads 600 --creatives 40")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("STORAGE_", "CLOUD_STORAGE_", "GOOGLE_"))}
+    environment["PATH"] = f"{pathlib.Path(sys.executable).parent}:{environment['PATH']}"
+    try:
+        with open(tmp_path / "log", "wb") as log:
+            done = subprocess.run(["sh", "-ec", small], cwd=TOP, env=environment, stdout=log, stderr=log, check=False)
+    finally:
+        main(["local-cloud", "stop", "--state", f"{tmp_path}/cloud"])
+        told = (tmp_path / "log").read_text()
+        print(told)
+    assert done.returncode == 0 and "  balanced" in told.splitlines()
+    assert subprocess.run([TOP / "scripts" / "flink", "status"], check=False).returncode == 1
 
 
 def test_a_full_month_on_prism_is_that_of_the_local_runner(project: str, locally: dict[str, Published]) -> None:

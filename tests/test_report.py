@@ -275,6 +275,15 @@ def test_what_reports_reports_in_json_too(
     assert told and status == (3 if command == "status" else 0)
 
 
+def test_the_page_opens(world: World, runs: tuple[MonthRun, MonthRun], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    opened = list[str]()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    assert main(["report", runs[1].id, "--lake", world.config.lake, "--open"]) == 0
+    (shown,) = tmp_path.glob("*/report.html")
+    assert opened == [shown.as_uri()] and shown.read_bytes() == path_of(world, f"{runs[1].folder}/report.html").read_bytes()
+
+
 @pytest.mark.alone
 def test_a_report_is_made_and_opens_quickly(chromium: Browser, tmp_path: pathlib.Path) -> None:
     """A month of 1 M rows: in 20 s, in 6 MB, and open in 2 s."""
