@@ -299,7 +299,9 @@ def real(folder: pathlib.Path | None) -> None:
     from criteo import folds
 
     if not folder:
-        return bar("\n5. real rows: not measured, --criteo names no folder", math.nan, False)
+        print("\n5. real rows")
+        bar("not measured, since --criteo names no folder", math.nan, False)
+        return
     started = time.monotonic()
     losses = folds(folder)
     print(f"\n5. real rows, 10 folds, mean log loss ({time.monotonic() - started:.0f} s): {json.dumps(losses)}")
