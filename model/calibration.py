@@ -1,4 +1,7 @@
-"""Calibration of a ranker: a line through its log-odds, smooth and rising, fitted on rows that it has not learnt from.
+"""Calibration of a ranker: a line through its log-odds, smooth and rising.
+
+Its slope is fitted on rows that the ranker has not learnt from, since that is what learning bends. Those are few creatives, and what no
+row tells of them moves their clicks by some per cent together; so the line's height is fitted on the newest month's TRAIN and TUNE rows.
 
 The position's effect stays out of the line: it is known by itself, and added to it. Better ads get better positions, also by what a model
 does not know of them, so no line is right in sum both at the rows' own positions and at the reference: rows far down, of which too
@@ -7,8 +10,8 @@ much is expected, count for more at the reference. What is fitted is half-way be
 
 import numpy as np
 
-# Prior precision of the slope around 1: a few hundred clicks move it little.
-_SLOPE_PRECISION = 400.0
+# Prior precision of the slope around 1, and of the height around what the slope's rows say of it: a few clicks move them little.
+_SLOPE_PRECISION, _HEIGHT_PRECISION = 400.0, 30.0
 _LEAST_SLOPE = 0.2
 
 
@@ -21,17 +24,36 @@ def fit(logits: np.ndarray, effects: np.ndarray, clicks: np.ndarray, impressions
     """
     if not 0 < clicks.sum() < impressions.sum():
         return 1.0, 0.0
+    x, (n, c) = logits.astype(np.float64), _half_way(effects, impressions, clicks)
+    line = _newton(np.stack([x, np.ones(len(x))], axis=1), effects, n, c, np.array([1.0, 0.0]), np.array([_SLOPE_PRECISION, 1e-6]))
+    return max(float(line[0]), _LEAST_SLOPE), float(line[1])
+
+
+def height(logits: np.ndarray, effects: np.ndarray, clicks: np.ndarray, impressions: np.ndarray) -> float:
+    """What is to be added to log-odds for them to expect the clicks there were, near 0 where clicks are few; arrays as for `fit`."""
+    n, c = _half_way(effects, impressions, clicks)
+    line = _newton(np.ones((len(n), 1)), logits.astype(np.float64) + effects, n, c, np.zeros(1), np.array([_HEIGHT_PRECISION]))
+    return float(line[0])
+
+
+def _half_way(effects: np.ndarray, impressions: np.ndarray, clicks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Impressions and clicks weighted half-way from the rows' own positions to the reference; as many impressions in all."""
     weight = np.exp(-effects.astype(np.float64) / 2)
     weight /= np.average(weight, weights=impressions)
-    x, n, c = logits.astype(np.float64), impressions * weight, clicks * weight
-    slope = np.array([1.0, 0.0])
+    return impressions * weight, clicks * weight
+
+
+def _newton(
+    inputs: np.ndarray, offset: np.ndarray, impressions: np.ndarray, clicks: np.ndarray, prior: np.ndarray, precision: np.ndarray
+) -> np.ndarray:
+    """Coefficients, shape (k,), of inputs (rows, k) with the highest posterior density; `precision` is that of `prior`, (k,) each."""
+    found = prior
     for _ in range(50):
-        p = 1 / (1 + np.exp(-np.clip(slope[0] * x + slope[1] + effects, -40, 40)))
-        miss, weight = n * p - c, n * p * (1 - p)
-        gradient = np.array([(miss * x).sum() + _SLOPE_PRECISION * (slope[0] - 1), miss.sum()])
-        hessian = np.array([[(weight * x * x).sum() + _SLOPE_PRECISION, (weight * x).sum()], [(weight * x).sum(), weight.sum() + 1e-6]])
+        p = 1 / (1 + np.exp(-np.clip(inputs @ found + offset, -40, 40)))
+        gradient = inputs.T @ (impressions * p - clicks) + precision * (found - prior)
+        hessian = (inputs * (impressions * p * (1 - p))[:, None]).T @ inputs + np.diag(precision)
         move = np.linalg.solve(hessian, gradient)
-        slope = slope - move / max(1.0, float(np.abs(move).max()))
+        found = found - move / max(1.0, float(np.abs(move).max()))
         if np.abs(move).max() < 1e-9:
             break
-    return max(float(slope[0]), _LEAST_SLOPE), float(slope[1])
+    return found

@@ -76,6 +76,15 @@ def _convolutions(pixels: Any) -> Any:
     return x
 
 
+def convolve_in(model: Any, policy: str) -> None:
+    """Have the convolutions, which are nearly all the work, compute in a precision by Keras' name; their weights stay float32."""
+    import keras
+
+    for layer in (inner for outer in model.layers for inner in getattr(outer, "layers", [outer])):
+        if isinstance(layer, keras.layers.Conv2D):
+            layer.dtype_policy = policy
+
+
 def standardise(model: Any, embeddings: np.ndarray) -> None:
     """Set the model's last layer so that these of its embeddings, float32 (n, EMBEDDING_WIDTH), would have mean 0 and variance 1."""
     layer = model.get_layer("standardise")

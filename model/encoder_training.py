@@ -55,6 +55,8 @@ def train_encoder(
     Raises:
         ValueError: the window has no click or only clicks among its TRAIN rows, or the backbone cannot be had.
     """
+    import tensorflow
+
     deterministic(seed)
     found = survey(examples(0), contract, 0, None)
     columns = ranker.build(found.features, found.base_rate)
@@ -80,7 +82,10 @@ def train_encoder(
             yield {**batch, "thumbnail": encoder.augmented(batch["thumbnail"], rng)}
 
     descent = Descent(train, impressions, size, epochs, rate=3e-3, patience=6, penalties={"kernel": 1.0})
+    # On a GPU products of half the bits, whose exponents have the range of float32; what is written and embeds is float32 everywhere.
+    encoder.convolve_in(model, "mixed_bfloat16" if tensorflow.config.list_physical_devices("GPU") else "float32")
     descended, _ = descend(model, batches, tune, descent, progress)
+    encoder.convolve_in(model, "float32")
     embeddings = [
         model({"thumbnail": batch["thumbnail"]}, training=False)["embedding"].numpy()[batch["impressions"] > 0]
         for batch in minibatches(_thumbnails(thumbnails, creatives, splits.TRAIN), 256, _POOL_THUMBNAILS, None)

@@ -1,15 +1,16 @@
 """Trains the ranker from a stream of joined batches, in bounded memory and, for the same stream and seed, to the same bit.
 
-Only TRAIN rows are learnt from, TUNE rows stop the training early and calibrate what came of it, and gate rows are dropped by
+Only TRAIN rows are learnt from, TUNE rows stop the training early and give calibration its slope, and gate rows are dropped by
 `features.learnable` before anything reads an outcome. Each month of the window has log-odds of its own, so that what is constant in time is
 not bent to explain what is not; the published model has the newest month's.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -125,19 +126,21 @@ def train_ranker(
     kind = "scratch" if not start else "refresh" if start.same_encoder else "refresh with a new encoder"
     progress(f"{kind}: {found.rows:,} rows, {found.clicks:,.0f} clicks in {found.impressions:,.0f} impressions")
     summary, levels, tune = fit_rows(model, examples, found, seed, settings, epochs, settings.rate, progress, replay, first)
-    layer = model.get_layer("position_effect") if contract.position else None
-    effects = layer.get_weights()[0][:, 0] if layer else np.zeros(1)
-    none = [(np.zeros(0), np.zeros((0, len(effects))), np.zeros(0), np.zeros(0))]
-    fitted = [(*_without_position(model, batch, levels), batch["clicks"], batch["impressions"]) for batch in tune] or none
-    rest, hats, clicks, impressions = (np.concatenate(column) for column in zip(*fitted, strict=True))
-    if layer:
+    rest, hats, clicks, impressions = _without_position(model, tune, levels)
+    if contract.position:
         # Where training was short, what it learnt of the position is as much too small as all the rest.
+        effects = _effects(model)
         scale, _ = calibration.fit(rest + hats @ effects, np.zeros(len(rest)), clicks, impressions)
         effects = position.within_keys(_by_key(model, examples, found, levels), scale * effects)
-        layer.set_weights([effects.astype(np.float32)[:, None]])
-    slope, shift = calibration.fit(rest, hats @ effects, clicks, impressions)
-    newest = float(levels[-1]) + shift / slope
-    model.get_layer("calibration").set_weights([np.array([[slope]], np.float32), np.array([slope * newest], np.float32)])
+        model.get_layer("position_effect").set_weights([effects.astype(np.float32)[:, None]])
+    slope, shift = calibration.fit(rest, hats @ _effects(model), clicks, impressions)
+    # What is scored is the newest month, and months differ in height.
+    newest = labelled(lambda epoch: (b for b in examples(epoch) if month_of(b) == months[-1]), found, 0, np.random.default_rng(0), {})
+    batches = itertools.islice(minibatches((arrays for arrays, _, _ in newest), ranker.BATCH, 0, None), position.MOST_ROWS // ranker.BATCH)
+    rest, hats, clicks, impressions = _without_position(model, batches, levels)
+    shift += calibration.height(slope * rest + shift, hats @ _effects(model), clicks, impressions)
+    level = float(levels[-1]) + shift / slope
+    model.get_layer("calibration").set_weights([np.array([[slope]], np.float32), np.array([slope * level], np.float32)])
     spec = {
         "kind": "ranker",
         "fingerprint": contract.fingerprint,
@@ -146,7 +149,7 @@ def train_ranker(
         "encoder_version": encoder_version,
         "encoder_digest": encoder_digest,
         "newest_month": months[-1],
-        "level": newest,
+        "level": level,
         "slope": slope,
         "negatives": settings.negatives,
     }
@@ -195,18 +198,24 @@ def _by_key(
     """TRAIN and TUNE rows as `position.within_keys` wants them, without history: a key's has its earlier positions in it."""
     for arrays, _, rows in labelled(examples, found, 0, np.random.default_rng(0), {}):
         bare = {**arrays, "history": np.zeros_like(arrays["history"])}
-        rest = [_without_position(model, batch, levels)[0] for batch in minibatches([bare], ranker.BATCH, 0, None)]
-        logits = np.concatenate(rest)[: len(rows)]
-        yield hashes_of_rows(rows["key"], "key"), arrays["clicks"], arrays["impressions"], logits, arrays["position"]
+        logits, *_ = _without_position(model, minibatches([bare], ranker.BATCH, 0, None), levels)
+        yield hashes_of_rows(rows["key"], "key"), arrays["clicks"], arrays["impressions"], logits[: len(rows)], arrays["position"]
 
 
-def _without_position(model: Any, batch: Arrays, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Log-odds of a batch of `labelled` rows without the position's effect, float32 (rows,), and its hats, (rows, hats)."""
-    if "position" not in batch:
-        return logits_of(model, batch, levels), np.zeros((len(batch["clicks"]), 1))
-    return logits_of(model, batch, levels) - batch["position"] @ model.get_layer("position_effect").get_weights()[0][:, 0], batch[
-        "position"
-    ]
+def _effects(model: Any) -> np.ndarray:
+    """What the position adds to the log-odds, float32 (hats,); a model without one has a single 0."""
+    return next((layer.get_weights()[0][:, 0] for layer in model.layers if layer.name == "position_effect"), np.zeros(1, np.float32))
+
+
+def _without_position(model: Any, batches: Iterable[Arrays], levels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Log-odds of batches of `labelled` rows without the position's effect, (rows,), its hats, (rows, hats), clicks and impressions."""
+    effects = _effects(model)
+    parts = [(np.zeros(0, np.float32), np.zeros((0, len(effects)), np.float32), np.zeros(0, np.float32), np.zeros(0, np.float32))]
+    for batch in batches:
+        hats = batch.get("position", np.zeros((len(batch["clicks"]), 1), np.float32))
+        parts.append((logits_of(model, batch, levels) - hats @ effects, hats, batch["clicks"], batch["impressions"]))
+    rest, hats, clicks, impressions = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return rest, hats, clicks, impressions
 
 
 def logits_of(model: Any, batch: Arrays, levels: np.ndarray) -> np.ndarray:

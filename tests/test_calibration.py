@@ -22,6 +22,15 @@ def test_few_rows_move_the_level_and_not_the_slope() -> None:
     assert calibration.fit(*[np.zeros(0)] * 4) == (1.0, 0.0)
 
 
+def test_the_height_is_what_the_clicks_say_and_few_clicks_say_little() -> None:
+    rng = np.random.default_rng(2)
+    logits, effects, shown = rng.normal(-4, 1, 100_000), rng.choice([0.0, -0.5], 100_000), rng.integers(1, 20, 100_000)
+    clicks = rng.binomial(shown, 1 / (1 + np.exp(-(logits + effects + 0.2))))
+    assert calibration.height(logits, effects, clicks, shown) == pytest.approx(0.2, abs=0.015)
+    # One impression, and it was clicked.
+    assert 0 < calibration.height(np.full(1, -4.0), np.zeros(1), np.ones(1), np.ones(1)) < 0.05
+
+
 def test_the_level_is_between_what_rows_at_their_positions_and_at_the_reference_want() -> None:
     """Rows far down are worse than is known of them."""
     rng = np.random.default_rng(1)

@@ -86,6 +86,25 @@ def test_repeat_is_bit_equal_and_gate_outcomes_never_matter(trained: tuple[pathl
         np.testing.assert_array_equal(again, weights)
 
 
+def test_on_a_gpu_it_learns_in_mixed_precision_and_is_written_in_float32(
+    trained: tuple[pathlib.Path, list[np.ndarray]], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU the same layers compute in the same precision, only no faster."""
+    import keras
+    import tensorflow
+
+    monkeypatch.setattr(tensorflow.config, "list_physical_devices", lambda kind: [kind])
+    weights = train(tmp_path, examples())
+    # The dense layers' weights are close to those of float32, and not the same.
+    assert np.abs(weights[-1] - trained[1][-1]).max() > 0
+    model = keras.models.load_model(tmp_path / "model.keras", compile=False)
+    assert {layer.compute_dtype for layer in model.layers} == {"float32"} and {array.dtype.name for array in weights} == {"float32"}
+    pixels, _ = pictures()
+    np.testing.assert_allclose(
+        model({"thumbnail": pixels[:10]}, training=False)["embedding"], encoder.Encoder.load(tmp_path).embed(pixels[:10]), atol=1e-4
+    )
+
+
 def test_an_embedding_does_not_depend_on_its_batch(trained: tuple[pathlib.Path, list[np.ndarray]]) -> None:
     import keras
 

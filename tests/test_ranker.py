@@ -1,3 +1,4 @@
+import dataclasses
 import pathlib
 import shutil
 from typing import Any
@@ -167,6 +168,22 @@ def test_repeat_is_bit_equal_and_gate_outcomes_never_matter(trained: tuple[pathl
     assert any((a != b).any() for a, b in zip(first, other, strict=True))
 
 
+def test_the_newest_months_clicks_are_what_is_expected_in_sum(tmp_path: pathlib.Path, batch: pa.RecordBatch) -> None:
+    """Also where they are fewer than the month before, training was short, and learnt from half of the impressions without a click."""
+    fewer = pa.array(np.random.default_rng(8).binomial(batch["clicks"].to_numpy(), 0.5))
+    later = batch.set_column(batch.schema.get_field_index("clicks"), "clicks", fewer)
+    months = [
+        part.append_column(features.MONTH, pa.repeat(pa.scalar(number, pa.int32()), ROWS)) for number, part in enumerate((batch, later))
+    ]
+    short = dataclasses.replace(QUICK, epochs=1, max_epochs=1, negatives=0.5)
+    # With a position it is half-way between the sums at the rows' own and at the reference.
+    contract = Contract(tuple(column for column in CONTRACT.columns if column.name != "position"))
+    training.train_ranker(lambda epoch: iter(months), contract, 3, tmp_path, "v1", "d", None, lambda line: None, short)
+    rows, _ = features.learnable(months[1])
+    clicks, shown = features.outcomes(rows, CONTRACT)
+    assert (Ranker.load(tmp_path).predict(rows) * shown).sum() / clicks.sum() == pytest.approx(1, abs=0.01)
+
+
 def test_refresh_starts_from_the_parent(
     trained: tuple[pathlib.Path, dict[str, Any]], tmp_path: pathlib.Path, batch: pa.RecordBatch
 ) -> None:
@@ -183,8 +200,6 @@ def test_refresh_starts_from_the_parent(
 def test_a_new_encoder_renews_the_image_side_alone(
     trained: tuple[pathlib.Path, dict[str, Any]], tmp_path: pathlib.Path, batch: pa.RecordBatch
 ) -> None:
-    import dataclasses
-
     still = dataclasses.replace(QUICK, refresh_epochs=1, rate=1e-9)
     for digest in ("d", "another"):
         training.train_ranker(source(batch), CONTRACT, 3, tmp_path / digest, "v1", digest, trained[0], lambda line: None, still)
