@@ -24,12 +24,13 @@ import pyarrow.compute as pc
 from apache_beam import pvalue
 
 from beam_jobs import duplicates, statistics
-from beam_jobs.arrow import CommitStage, Repartition, ShardPair, Unit, pair_shards, read_table, shards_for
+from beam_jobs.arrow import CommitStage, InThreads, Repartition, ShardPair, Unit, pair_shards, read_table, shards_for
 from beam_jobs.config import Config
 from beam_jobs.run import MonthRun
 from beam_jobs.workers import Listed
 from model.features import MONTH, is_mature
 from schemas import lake
+from schemas.ahead import ahead
 from schemas.csv_records import Layout, is_packed
 from schemas.hashing import hash64_column, salted, shard_of_column
 from schemas.lake import Receipt
@@ -97,7 +98,7 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun) -> None:
     )
     rows = read.rows | "ShardByImage" >> Repartition(run.storage, run.spill, shards, assign)
     dropped = later | "ShardDuplicates" >> Repartition(run.storage, run.spill, shards, duplicates.shard_of_row, unit_rows=None)
-    written = pair_shards(rows, dropped) | "WriteRows" >> beam.Map(write_rows, run).with_output_types(Receipt)
+    written = pair_shards(rows, dropped) | "WriteRows" >> beam.ParDo(InThreads(write_rows, run)).with_output_types(Receipt)
     info = {"shards": shards, "contract": run.contract.fingerprint}
     _ = (files, written) | beam.Flatten() | "CommitRows" >> CommitStage(run.storage, folder, "ingest", info)
 
@@ -137,7 +138,7 @@ class _ReadRows(beam.DoFn):
         unit, file, checksum = _unit(part), "", ""
         with run.storage.open(part.file) as stream, tempfile.TemporaryDirectory(prefix="adstocrat-") as temporary:
             path = pathlib.Path(temporary) / "rejects.parquet"
-            for checked in read_rows(stream, run.contract, part.file, layout_of(run.config), part.span):
+            for checked in ahead(read_rows(stream, run.contract, part.file, layout_of(run.config), part.span)):
                 counts["read"] += checked.read
                 if checked.rejects.num_rows:
                     writer = writer or ParquetFile(path, REJECTS)
