@@ -91,7 +91,8 @@ def _ours(flags: argparse.Namespace, replicates: int) -> Told:
         ),
         [],
     )
-    return {"units": flags.rows, "seconds": clock.lap("run") - runner, "start": {"imports": clock.laps["imports"], "runner": runner}}
+    seconds, start = clock.lap("run") - runner, {"imports": clock.laps["imports"], "runner": runner}
+    return {"units": flags.rows, "seconds": seconds, "cpu": clock.cpu["run"], "start": start}
 
 
 def tfma(flags: argparse.Namespace) -> Told:

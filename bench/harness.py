@@ -36,7 +36,8 @@ class Turn:
     """One run of a side.
 
     Attributes:
-        told: what it told of itself: `units` done in `seconds`, `start` (seconds by what was started), and whatever else.
+        told: what it told of itself: `units` done in `seconds`, of its process's `cpu` seconds if it knows them, `start` (seconds by what
+            was started), and whatever else.
         wall, cpu: seconds of the whole process and its children.
         peak: most resident bytes of the process and its children together, looked at 20 times a second.
     """
@@ -62,14 +63,15 @@ class Bar:
 
 
 class Clock:
-    """Seconds of a side's process by what they went into; the first lap began with the process."""
+    """Seconds, and CPU seconds, of a side's process by what they went into; the first lap began with the process."""
 
     def __init__(self) -> None:
-        self._last, self.laps = psutil.Process().create_time(), dict[str, float]()
+        self._last, self._last_cpu = psutil.Process().create_time(), 0.0
+        self.laps, self.cpu = dict[str, float](), dict[str, float]()
 
     def lap(self, name: str) -> float:
-        now = time.time()
-        self.laps[name], self._last = now - self._last, now
+        now, cpu = time.time(), time.process_time()
+        self.laps[name], self.cpu[name], self._last, self._last_cpu = now - self._last, cpu - self._last_cpu, now, cpu
         return self.laps[name]
 
 
@@ -157,15 +159,22 @@ def rate(turns: Sequence[Turn]) -> float:
     return median(turns, lambda one: one.told["units"] / one.told["seconds"])
 
 
+def cpu_rate(turns: Sequence[Turn]) -> float:
+    """Units a CPU second, start apart: what others' load on the machine leaves as it is."""
+    return median(turns, lambda one: one.told["units"] / one.told["cpu"])
+
+
 def table(turns: Mapping[str, Sequence[Turn]], unit: str) -> str:
     """What the sides took, as Markdown."""
-    lines = [f"| | {unit}/s | s | start, s | whole process, s | CPU s | peak MiB |", "|---|---:|---:|---|---:|---:|---:|"]
+    columns = [f"{unit}/s", "s", f"{unit} per CPU s", "start, s", "whole process, s", "CPU s", "peak MiB"]
+    lines = [f"| | {' | '.join(columns)} |", "|---|---:|---:|---:|---|---:|---:|---:|"]
     for side, some in turns.items():
         starts = [one.told.get("start", {}) for one in some]
         start = ", ".join(f"{name} {statistics.median(one[name] for one in starts):.1f}" for name in starts[0])
         cells = [
             f"{rate(some):,.0f}",
             f"{median(some, lambda one: one.told['seconds']):.2f}",
+            f"{cpu_rate(some):,.0f}" if "cpu" in some[0].told else "",
             start,
             f"{median(some, lambda one: one.wall):.1f}",
             f"{median(some, lambda one: one.cpu):.1f}",

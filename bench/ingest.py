@@ -38,7 +38,8 @@ def ours(flags: argparse.Namespace) -> Told:
     seconds = clock.lap("stage") - runner
     run.storage.delete(f"{run.spill}/")
     manifest = run.manifest(run.stage("rows"), "ingest")
-    return {"units": manifest.count("read"), "seconds": seconds, "start": {"imports": clock.laps["imports"], "runner": runner}}
+    start = {"imports": clock.laps["imports"], "runner": runner}
+    return {"units": manifest.count("read"), "seconds": seconds, "cpu": clock.cpu["stage"], "start": start}
 
 
 def bare(flags: argparse.Namespace) -> Told:
@@ -69,7 +70,8 @@ def _bare(flags: argparse.Namespace, threads: bool) -> Told:
             for batch in reader:
                 writer.write_batch(batch)
                 rows += len(batch)
-    return {"units": rows, "seconds": clock.lap("loop"), "start": {"imports": clock.laps["imports"]}}
+    seconds = clock.lap("loop")
+    return {"units": rows, "seconds": seconds, "cpu": clock.cpu["loop"], "start": {"imports": clock.laps["imports"]}}
 
 
 def stock(flags: argparse.Namespace) -> Told:
@@ -102,7 +104,8 @@ def stock(flags: argparse.Namespace) -> Told:
             | "FirstOfAd" >> beam.MapTuple(lambda key, rows: next(iter(rows)))
             | "WriteRows" >> beam.io.WriteToParquet(str(out / "rows"), schema, num_shards=shards)
         )
-    return {"units": flags.slice, "seconds": clock.lap("stage") - runner, "start": {"imports": clock.laps["imports"], "runner": runner}}
+    seconds, start = clock.lap("stage") - runner, {"imports": clock.laps["imports"], "runner": runner}
+    return {"units": flags.slice, "seconds": seconds, "cpu": clock.cpu["stage"], "start": start}
 
 
 def _check(row: Any, contract: Any) -> Any:

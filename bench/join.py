@@ -99,7 +99,8 @@ def ours(flags: argparse.Namespace) -> Told:
     run_pipeline(define, [])
     seconds = clock.lap("join") - runner
     storage.delete("spill/")
-    return {"units": flags.rows, "seconds": seconds, "start": {"imports": clock.laps["imports"], "runner": runner}}
+    start = {"imports": clock.laps["imports"], "runner": runner}
+    return {"units": flags.rows, "seconds": seconds, "cpu": clock.cpu["join"], "start": start}
 
 
 def stock(flags: argparse.Namespace) -> Told:
@@ -130,7 +131,8 @@ def stock(flags: argparse.Namespace) -> Told:
         )
         told = {"rows": rows, "embeddings": embeddings} | beam.CoGroupByKey() | beam.FlatMapTuple(joined) | beam.CombineGlobally(total)
         _ = told | "Write" >> beam.Map(lambda told: (flags.work / "stock.json").write_text(json.dumps(told)))
-    return {"units": flags.rows, "seconds": clock.lap("join") - runner, "start": {"imports": clock.laps["imports"], "runner": runner}}
+    seconds, start = clock.lap("join") - runner, {"imports": clock.laps["imports"], "runner": runner}
+    return {"units": flags.rows, "seconds": seconds, "cpu": clock.cpu["join"], "start": start}
 
 
 def summed(numbers: pa.Array, vectors: pa.Array) -> tuple[int, float]:

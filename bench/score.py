@@ -41,10 +41,10 @@ def ours(flags: argparse.Namespace) -> Told:
     runner = clock.lap("runner, twice") / 2
     with lakes.loads_timed() as loads:
         run_pipeline(lambda root: score.define_pipeline(root, run, evaluation), [])
-    model = sum(loads)
+    seconds = clock.lap("stage") - loads["seconds"] - runner
     rows = run.manifest(run.stage("scores"), "score").rows
-    start = {"imports": clock.laps["imports"], "model": model, "runner": runner}
-    return {"units": rows, "seconds": clock.lap("stage") - model - runner, "start": start}
+    start = {"imports": clock.laps["imports"], "model": loads["seconds"], "runner": runner}
+    return {"units": rows, "seconds": seconds, "cpu": clock.cpu["stage"] - loads["cpu"], "start": start}
 
 
 def bare(flags: argparse.Namespace) -> Told:
@@ -59,7 +59,8 @@ def bare(flags: argparse.Namespace) -> Told:
     ranker = registry.load(run.storage, "ranker", info["ranker"])
     clock.lap("model")
     rows = sum(_scored_bare(run, info, ranker, fresh(flags.work / "bare")))
-    return {"units": rows, "seconds": clock.lap("loop"), "start": {name: clock.laps[name] for name in ("imports", "model")}}
+    seconds = clock.lap("loop")
+    return {"units": rows, "seconds": seconds, "cpu": clock.cpu["loop"], "start": {name: clock.laps[name] for name in ("imports", "model")}}
 
 
 def _scored_bare(run: Any, info: Any, ranker: Any, out: pathlib.Path) -> Iterator[int]:
@@ -146,8 +147,9 @@ def stock(flags: argparse.Namespace) -> Told:
                 | RunInference(RowHandler.make(run, version, schema))
                 | beam.io.WriteToParquet(str(out / "scores"), pa.schema([("key", pa.string()), ("p_click", pa.float64())]))
             )
-    start = {"imports": clock.laps["imports"], "model": sum(loads), "runner": runner}
-    return {"units": flags.slice, "seconds": clock.lap("stage") - sum(loads) - runner, "start": start}
+    start = {"imports": clock.laps["imports"], "model": loads["seconds"], "runner": runner}
+    seconds = clock.lap("stage") - loads["seconds"] - runner
+    return {"units": flags.slice, "seconds": seconds, "cpu": clock.cpu["stage"] - loads["cpu"], "start": start}
 
 
 class RayModel:
