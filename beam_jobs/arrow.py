@@ -337,7 +337,7 @@ class WriteUnits(beam.DoFn):
         if self._open and not self._open.continues(unit, int(start)):
             yield self._open.close(self._storage, self._folder)
             self._open = None
-        self._open = self._open or _OpenUnit(unit, int(start), batch.schema)
+        self._open = self._open or _OpenUnit(unit, int(start), batch)
         self._open.write(batch, self._counts(batch))
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
@@ -346,24 +346,28 @@ class WriteUnits(beam.DoFn):
 
 
 class _OpenUnit:
-    """A Parquet file that is being written on local disk."""
+    """A Parquet file that is being written on local disk, a batch behind those that come."""
 
-    def __init__(self, unit: str, start: int, schema: pa.Schema):
+    def __init__(self, unit: str, start: int, first: pa.RecordBatch):
         self._unit, self._start, self._rows = unit, start, 0
         self._counts = Counter[str]()
         self._temporary = tempfile.TemporaryDirectory(prefix="adstocrat-")
         self._path = pathlib.Path(self._temporary.name) / "part.parquet"
-        self._writer = ParquetFile(self._path, schema)
+        self._writer, self._thread, self._written = ParquetFile(self._path, first), ThreadPoolExecutor(1), Future[None]()
+        self._written.set_result(None)
 
     def continues(self, unit: str, start: int) -> bool:
         return (unit, start) == (self._unit, self._start + self._rows)
 
     def write(self, batch: pa.RecordBatch, counts: Mapping[str, int]) -> None:
-        self._writer.write(batch)
+        self._written.result()
+        self._written = self._thread.submit(self._writer.write, batch)
         self._rows += batch.num_rows
         self._counts.update(counts)
 
     def close(self, storage: Storage, folder: str) -> Receipt:
+        self._written.result()
+        self._thread.shutdown()
         self._writer.close()
         file, checksum = upload(storage, self._path, lake.unique(folder, self._unit.replace("/", "_"), ".parquet"))
         self._temporary.cleanup()

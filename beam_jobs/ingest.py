@@ -35,7 +35,7 @@ from schemas.csv_records import Layout, is_packed
 from schemas.hashing import hash64_column, salted, shard_of_column
 from schemas.lake import Receipt
 from schemas.parquet import ParquetFile, read_parquet, upload, write_parquet
-from schemas.rows import DUPLICATE_KEY, REJECTS, duplicate_rejects, read_rows
+from schemas.rows import DUPLICATE_KEY, duplicate_rejects, read_rows
 from schemas.storage import Entry, Storage
 
 _HEAD_BYTES = 1 << 18
@@ -141,7 +141,7 @@ class _ReadRows(beam.DoFn):
             for checked in ahead(read_rows(stream, run.contract, part.file, layout_of(run.config), part.span)):
                 counts["read"] += checked.read
                 if checked.rejects.num_rows:
-                    writer = writer or ParquetFile(path, REJECTS)
+                    writer = writer or ParquetFile(path, checked.rejects)
                     writer.write(checked.rejects)
                     counts.update(f"rejected:{reason}" for reason in checked.rejects["reason"].to_pylist())
                 if checked.rows.num_rows:
@@ -214,7 +214,7 @@ def write_rows(pair: ShardPair, run: MonthRun) -> Receipt:
         table = table.filter(pa.array(~np.isin(table["origin"].to_numpy(), dropped)))
     table = table.drop_columns("origin").combine_chunks()
     keys = table["key"].combine_chunks()
-    order = np.lexsort((np.arange(len(keys)), hash64_column(keys, salted("order"))))
+    order = np.argsort(hash64_column(keys, salted("order")))
     batches = table.take(pa.array(order)).to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
     counts, month = {"ingested": table.num_rows}, lake.month_number(run.month)
     if run.contract.mature_before:
