@@ -25,8 +25,9 @@ from schemas.lake import Manifest, Receipt
 from schemas.parquet import BATCH_ROWS, ParquetFile, upload
 from schemas.storage import Storage, crc32c
 
-# A spill is written when it holds this much; its sections are what a shard reads by range later, so bigger means fewer reads.
-SPILL_BYTES = 96 << 20
+# A spill is written when it holds this much, while the next fills; its sections are what a shard reads by range later, so bigger means
+# fewer reads.
+SPILL_BYTES = 64 << 20
 UNIT_ROWS = 1_000_000
 # Units that a process works on at a time, each with all of its rows in memory.
 _AT_A_TIME = 2

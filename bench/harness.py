@@ -117,6 +117,8 @@ def turn(flags: argparse.Namespace, side: str, cores: int | None = None, **other
     told = json.loads(values["tell"].read_text())
     values["tell"].unlink()
     done = dataclasses.replace(done, told=told)
+    if told["seconds"] <= 0:
+        raise RuntimeError(f"{side} took less than its start, {told}: give it more to do")
     rate = told["units"] / told["seconds"]
     print(f"  {side}: {rate:,.0f}/s, {told['seconds']:.2f} s of {done.wall:.1f}, CPU {done.cpu:.1f} s, {done.peak >> 20:,} MiB", flush=True)
     return done
