@@ -4,11 +4,13 @@ Rows travel as `pyarrow.RecordBatch` and nothing else. Whoever yields them decla
 Beam falls back to pickle without a word; a test asserts the coder on every edge.
 """
 
+import collections
 import dataclasses
 import pathlib
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import apache_beam as beam
@@ -22,10 +24,13 @@ from schemas.lake import Manifest, Receipt
 from schemas.parquet import BATCH_ROWS, ParquetFile, upload
 from schemas.storage import Storage, crc32c
 
-# A spill is written when it holds this much; its sections are what a shard reads by range later, so bigger means fewer reads.
-SPILL_BYTES = 96 << 20
+# A spill is written when it holds this much, while the next fills; its sections are what a shard reads by range later, so bigger means
+# fewer reads.
+SPILL_BYTES = 64 << 20
 SMALL_ROWS = 16_384
 UNIT_ROWS = 1_000_000
+# Units that a process works on at a time, each with all of its rows in memory.
+_AT_A_TIME = 2
 
 
 class RecordBatchCoder(beam.coders.Coder):
@@ -136,8 +141,32 @@ class Repartition(beam.PTransform):
         )
 
 
+class InThreads(beam.DoFn):
+    """`function` of elements, two at a time, where one takes a second or more: on the local runner it is what uses the second core."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any):
+        self._function, self._arguments = function, arguments
+
+    def start_bundle(self) -> None:
+        self._threads, self._pending = ThreadPoolExecutor(_AT_A_TIME), collections.deque[Future]()
+
+    def process(self, element: Any) -> Iterator[Any]:
+        self._pending.append(self._threads.submit(self._function, element, *self._arguments))
+        if len(self._pending) > _AT_A_TIME:
+            yield self._pending.popleft().result()
+
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        for done in self._pending:
+            yield _in_global_window(done.result())
+        self._threads.shutdown()
+
+
+def _in_global_window(value: Any) -> WindowedValue:
+    return WindowedValue(value, GlobalWindow().max_timestamp(), (GlobalWindow(),))
+
+
 class _Spill(beam.DoFn):
-    """Buffers batches and writes them out, sorted by shard, when there are enough or the bundle ends."""
+    """Buffers batches and writes them out, sorted by shard, when there are enough or the bundle ends; the next come meanwhile."""
 
     def __init__(self, storage: Storage, spill: str, shards: int, assign: Callable[[pa.RecordBatch], np.ndarray]):
         self._storage, self._spill, self._shards, self._assign = storage, spill, shards, assign
@@ -145,25 +174,30 @@ class _Spill(beam.DoFn):
     def start_bundle(self) -> None:
         self._batches: list[pa.RecordBatch] = []
         self._bytes = 0
+        self._thread, self._written = ThreadPoolExecutor(1), Future[list[tuple[int, Section]]]()
+        self._written.set_result([])
 
     def process(self, batch: pa.RecordBatch) -> Iterator[tuple[int, Section]]:
         self._batches.append(batch)
         self._bytes += batch.nbytes
         if self._bytes >= SPILL_BYTES:
-            yield from self._write()
+            yield from self._written.result()
+            self._written = self._thread.submit(self._write, self._batches)
+            self._batches, self._bytes = [], 0
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
-        for addressed in self._write():
-            yield WindowedValue(addressed, GlobalWindow().max_timestamp(), (GlobalWindow(),))
+        for addressed in (*self._written.result(), *self._write(self._batches)):
+            yield _in_global_window(addressed)
+        self._thread.shutdown()
+        self._batches = []
 
-    def _write(self) -> Iterator[tuple[int, Section]]:
-        rows = sum(batch.num_rows for batch in self._batches)
-        if rows:
-            name = lake.unique(self._spill, "spill", ".arrows")
-            data, addressed = spill_sections(self._batches, self._shards, self._assign, name)
-            self._storage.write(name, data)
-            yield from addressed
-        self.start_bundle()
+    def _write(self, batches: list[pa.RecordBatch]) -> list[tuple[int, Section]]:
+        if not sum(batch.num_rows for batch in batches):
+            return []
+        name = lake.unique(self._spill, "spill", ".arrows")
+        data, addressed = spill_sections(batches, self._shards, self._assign, name)
+        self._storage.write(name, data)
+        return addressed
 
 
 def spill_sections(
@@ -315,33 +349,37 @@ class WriteUnits(beam.DoFn):
         if self._open and not self._open.continues(unit, int(start)):
             yield self._open.close(self._storage, self._folder)
             self._open = None
-        self._open = self._open or _OpenUnit(unit, int(start), batch.schema)
+        self._open = self._open or _OpenUnit(unit, int(start), batch)
         self._open.write(batch, self._counts(batch))
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
         if self._open:
-            yield WindowedValue(self._open.close(self._storage, self._folder), GlobalWindow().max_timestamp(), (GlobalWindow(),))
+            yield _in_global_window(self._open.close(self._storage, self._folder))
 
 
 class _OpenUnit:
-    """A Parquet file that is being written on local disk."""
+    """A Parquet file that is being written on local disk, a batch behind those that come."""
 
-    def __init__(self, unit: str, start: int, schema: pa.Schema):
+    def __init__(self, unit: str, start: int, first: pa.RecordBatch):
         self._unit, self._start, self._rows = unit, start, 0
         self._counts = Counter[str]()
         self._temporary = tempfile.TemporaryDirectory(prefix="adstocrat-")
         self._path = pathlib.Path(self._temporary.name) / "part.parquet"
-        self._writer = ParquetFile(self._path, schema)
+        self._writer, self._thread, self._written = ParquetFile(self._path, first), ThreadPoolExecutor(1), Future[None]()
+        self._written.set_result(None)
 
     def continues(self, unit: str, start: int) -> bool:
         return (unit, start) == (self._unit, self._start + self._rows)
 
     def write(self, batch: pa.RecordBatch, counts: Mapping[str, int]) -> None:
-        self._writer.write(batch)
+        self._written.result()
+        self._written = self._thread.submit(self._writer.write, batch)
         self._rows += batch.num_rows
         self._counts.update(counts)
 
     def close(self, storage: Storage, folder: str) -> Receipt:
+        self._written.result()
+        self._thread.shutdown()
         self._writer.close()
         file, checksum = upload(storage, self._path, lake.unique(folder, self._unit.replace("/", "_"), ".parquet"))
         self._temporary.cleanup()

@@ -167,11 +167,14 @@ def judged_pairs(run: MonthRun, plan: Plan) -> dict[str, Champion]:
 def judge(unit: Unit, run: MonthRun, plan: Plan, pairs: Mapping[str, Champion] | None = None) -> Iterator[tuple[int, Judged]]:
     """Evaluate pairs (without others, those that the gate compares) on the gate rows of a unit."""
     pairs = judged_pairs(run, plan) if pairs is None else pairs
-    evaluation = merged(
-        evaluate(clicks, impressions, predictions, clusters_of(rows), slices_of(rows, run.contract, plan))
-        for rows, clicks, impressions, predictions in predicted(unit, run, plan, pairs)
-    )
-    if evaluation.models:
+    parts = [part for part in predicted(unit, run, plan, pairs) if len(part[1])]
+    if parts:
+        batches, clicks, impressions, predictions = zip(*parts, strict=True)
+        # At once, since the rows of a creative share its weight in a replicate, which is what takes the time.
+        rows = pa.concat_batches([batch.drop_columns("embedding") for batch in batches])
+        of_models = {name: np.concatenate([some[name] for some in predictions]) for name in predictions[0]}
+        slices = slices_of(rows, run.contract, plan)
+        evaluation = evaluate(np.concatenate(clicks), np.concatenate(impressions), of_models, clusters_of(rows), slices)
         yield unit[3] // _UNITS_MERGED, Judged(unit[3], evaluation)
 
 

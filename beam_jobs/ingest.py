@@ -24,17 +24,18 @@ import pyarrow.compute as pc
 from apache_beam import pvalue
 
 from beam_jobs import duplicates, statistics
-from beam_jobs.arrow import CommitStage, Repartition, ShardPair, Unit, pair_shards, read_table, shards_for
+from beam_jobs.arrow import CommitStage, InThreads, Repartition, ShardPair, Unit, pair_shards, read_table, shards_for
 from beam_jobs.config import Config
 from beam_jobs.run import MonthRun
 from beam_jobs.workers import Listed
 from model.features import MONTH, is_mature
 from schemas import lake
+from schemas.ahead import ahead
 from schemas.csv_records import Layout, is_packed
 from schemas.hashing import hash64_column, salted, shard_of_column
 from schemas.lake import Receipt
 from schemas.parquet import ParquetFile, read_parquet, upload, write_parquet
-from schemas.rows import DUPLICATE_KEY, REJECTS, duplicate_rejects, read_rows
+from schemas.rows import DUPLICATE_KEY, duplicate_rejects, read_rows
 from schemas.storage import Entry, Storage
 
 _HEAD_BYTES = 1 << 18
@@ -97,7 +98,7 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun) -> None:
     )
     rows = read.rows | "ShardByImage" >> Repartition(run.storage, run.spill, shards, assign)
     dropped = later | "ShardDuplicates" >> Repartition(run.storage, run.spill, shards, duplicates.shard_of_row, unit_rows=None)
-    written = pair_shards(rows, dropped) | "WriteRows" >> beam.Map(write_rows, run).with_output_types(Receipt)
+    written = pair_shards(rows, dropped) | "WriteRows" >> beam.ParDo(InThreads(write_rows, run)).with_output_types(Receipt)
     info = {"shards": shards, "contract": run.contract.fingerprint}
     _ = (files, written) | beam.Flatten() | "CommitRows" >> CommitStage(run.storage, folder, "ingest", info)
 
@@ -137,10 +138,10 @@ class _ReadRows(beam.DoFn):
         unit, file, checksum = _unit(part), "", ""
         with run.storage.open(part.file) as stream, tempfile.TemporaryDirectory(prefix="adstocrat-") as temporary:
             path = pathlib.Path(temporary) / "rejects.parquet"
-            for checked in read_rows(stream, run.contract, part.file, layout_of(run.config), part.span):
+            for checked in ahead(read_rows(stream, run.contract, part.file, layout_of(run.config), part.span)):
                 counts["read"] += checked.read
                 if checked.rejects.num_rows:
-                    writer = writer or ParquetFile(path, REJECTS)
+                    writer = writer or ParquetFile(path, checked.rejects)
                     writer.write(checked.rejects)
                     counts.update(f"rejected:{reason}" for reason in checked.rejects["reason"].to_pylist())
                 if checked.rows.num_rows:
@@ -213,7 +214,7 @@ def write_rows(pair: ShardPair, run: MonthRun) -> Receipt:
         table = table.filter(pa.array(~np.isin(table["origin"].to_numpy(), dropped)))
     table = table.drop_columns("origin").combine_chunks()
     keys = table["key"].combine_chunks()
-    order = np.lexsort((np.arange(len(keys)), hash64_column(keys, salted("order"))))
+    order = np.argsort(hash64_column(keys, salted("order")))
     batches = table.take(pa.array(order)).to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
     counts, month = {"ingested": table.num_rows}, lake.month_number(run.month)
     if run.contract.mature_before:

@@ -15,6 +15,7 @@ from beam_jobs.run import MonthRun
 from model import images
 from model.features import MONTH
 from schemas import lake
+from schemas.ahead import ahead
 from schemas.lake import Manifest, Receipt, embeddings_folder, shard_of_unit
 from schemas.parquet import read_parquet
 from schemas.storage import Storage
@@ -90,9 +91,9 @@ class MonthRows:
         shard = shard_of_unit(unit.unit)
         image = self._run.contract.image.name if self._run.contract.image else None
         joiner = ShardImages(self._run.storage, image, self._index.get(shard), self._embeddings.get(shard))
-        for rows in read_parquet(self._run.storage, unit.file):
-            month = pa.repeat(pa.scalar(lake.month_number(self._month), pa.int32()), len(rows))
-            yield joiner.join(rows, self._width).append_column(MONTH, month)
+        number = pa.scalar(lake.month_number(self._month), pa.int32())
+        read = read_parquet(self._run.storage, unit.file)
+        yield from ahead(joiner.join(rows, self._width).append_column(MONTH, pa.repeat(number, len(rows))) for rows in read)
 
 
 def _by_shard(manifest: Manifest) -> dict[int, Receipt]:

@@ -15,7 +15,7 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 
-from beam_jobs.arrow import UNIT_ROWS, CommitStage, Repartition, Unit, read_unit, shards_for
+from beam_jobs.arrow import UNIT_ROWS, CommitStage, InThreads, Repartition, Unit, read_unit, shards_for
 from beam_jobs.run import MonthRun
 from beam_jobs.shard import CHUNK_ROWS, key_numbers, records, write_file
 from beam_jobs.workers import Listed
@@ -49,7 +49,7 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun, scores: Manifest) -> Non
         | "ReadScores" >> beam.FlatMap(functools.partial(read_scores, run.storage)).with_output_types(pa.RecordBatch)
         | "ShardByKey" >> Repartition(run.storage, run.spill, shards, functools.partial(shard_of_key, shards=shards), unit_rows=None)
         | "SpreadShards" >> beam.Reshuffle()
-        | "WriteShard" >> beam.Map(write_shard, run.storage, folder, shards).with_output_types(Receipt)
+        | "WriteShard" >> beam.ParDo(InThreads(write_shard, run.storage, folder, shards)).with_output_types(Receipt)
         | "CommitLookup" >> CommitStage(run.storage, folder, store.STAGE, info)
     )
 

@@ -21,6 +21,7 @@ from model.descent import BESIDE, Descent, Progress, descend, deterministic, wri
 from model.features import Arrays, Features, learnable, minibatches, month_of, outcomes
 from model.seen import UNKNOWN, hashes_of_rows
 from model.survey import Survey, survey
+from schemas.ahead import ahead
 from schemas.contract import Contract
 
 Examples = Callable[[int], Iterator[pa.RecordBatch]]
@@ -310,7 +311,7 @@ def fit_rows(
             tune[:] = minibatches(tune[:], ranker.BATCH, 0, None)
 
     descent = Descent(read, found.impressions, size, epochs, rate, settings.patience, ranker.PRECISIONS, levels)
-    told, levels = descend(model, batches, tune, descent, progress)
+    told, levels = descend(model, lambda epoch: ahead(batches(epoch)), tune, descent, progress)
     told |= {"values_sharing_an_id": float(shared[:-1].max(initial=0.0) / max(shared[-1], 1.0))}
     progress(f"values that share an id, in the column with the most: {told['values_sharing_an_id']:.2%} of impressions")
     return {"rows": found.rows, "clicks": found.clicks, "impressions": found.impressions, **told}, levels, tune

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from schemas import lake
@@ -13,6 +14,8 @@ from schemas.retries import take_retries
 from schemas.storage import Storage, crc32c_of_file
 
 BATCH_ROWS = 65_536
+# Rows that show whether a column's values repeat.
+_HEAD_ROWS = 4096
 # Of a file whose wide columns are passed over, so much is fetched at a time.
 NARROW_CHUNK = 1 << 18
 
@@ -29,7 +32,7 @@ def write_parquet(
         path = pathlib.Path(temporary) / "part.parquet"
         writer = None
         for batch in batches:
-            writer = writer or ParquetFile(path, batch.schema)
+            writer = writer or ParquetFile(path, batch)
             writer.write(batch)
             rows += batch.num_rows
         if writer:
@@ -41,11 +44,20 @@ def write_parquet(
 class ParquetFile(pq.ParquetWriter):
     """Parquet as all of the lake has it: a row group a batch, so that readers stream."""
 
-    def __init__(self, path: pathlib.Path, schema: pa.Schema):
-        super().__init__(path, schema, compression="zstd", compression_level=1, write_statistics=False)
+    def __init__(self, path: pathlib.Path, first: pa.RecordBatch):
+        """Open a file for batches like the first."""
+        how = {"compression": "zstd", "compression_level": 1, "write_statistics": False, "use_dictionary": _repeating(first)}
+        super().__init__(path, first.schema, **how)
 
     def write(self, batch: pa.RecordBatch) -> None:
         super().write_batch(batch, row_group_size=BATCH_ROWS)
+
+
+def _repeating(batch: pa.RecordBatch) -> list[str]:
+    """Columns whose values repeat: others would fill a dictionary first and be written again without, which takes twice as long."""
+    heads = dict(zip(batch.schema.names, batch.slice(0, _HEAD_ROWS).columns, strict=True))
+    plain = [name for name, head in heads.items() if pa.types.is_string(head.type) or pa.types.is_integer(head.type)]
+    return [name for name in plain if 2 * len(pc.unique(heads[name])) <= len(heads[name])]
 
 
 def upload(storage: Storage, path: pathlib.Path, name: str) -> tuple[str, str]:

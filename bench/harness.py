@@ -1,0 +1,227 @@
+"""Ways to do one thing, side by side: in turns, each turn in a process of its own; what came of it goes into bench/RESULTS.md.
+
+A bench is a module of *sides*, functions of its arguments that do the work once and tell how long it took, and of a `bench` that lays out
+the data, lets the sides take turns, checks that their answers are equal and judges the bars. Seconds are those of the work alone: what
+it takes to start (Python and its imports, TensorFlow's model, the runner) is measured apart, and shown.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import psutil
+
+TOP = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = TOP / "bench" / "RESULTS.md"
+ADSTOCRAT = [sys.executable, "-m", "beam_jobs.cli"]
+Told = dict[str, Any]
+Sides = Mapping[str, Callable[[argparse.Namespace], Told]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One run of a side.
+
+    Attributes:
+        told: what it told of itself: `units` done in `seconds`, of its process's `cpu` seconds if it knows them, `start` (seconds by what
+            was started), and whatever else.
+        wall, cpu: seconds of the whole process and its children.
+        peak: most resident bytes of the process and its children together, looked at 20 times a second.
+    """
+
+    told: Told
+    wall: float
+    cpu: float
+    peak: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """What must be reached: `found` at least, or at most, `limit`."""
+
+    what: str
+    found: float
+    limit: float
+    at_least: bool = True
+
+    @property
+    def reached(self) -> bool:
+        return self.found >= self.limit if self.at_least else self.found <= self.limit
+
+
+class Clock:
+    """Seconds, and CPU seconds, of a side's process by what they went into; the first lap began with the process."""
+
+    def __init__(self) -> None:
+        self._last, self._last_cpu = psutil.Process().create_time(), 0.0
+        self.laps, self.cpu = dict[str, float](), dict[str, float]()
+
+    def lap(self, name: str) -> float:
+        now, cpu = time.time(), time.process_time()
+        self.laps[name], self.cpu[name], self._last, self._last_cpu = now - self._last, cpu - self._last_cpu, now, cpu
+        return self.laps[name]
+
+
+def run_bench(
+    doc: str, sides: Sides, bench: Callable[[argparse.Namespace], None], add_flags: Callable[[argparse.ArgumentParser], Any]
+) -> None:
+    """The main function of a bench: all of it, or, in a child, one side."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=pathlib.Path, help="folder for data, kept and used again; default: a temporary one")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default: %(default)s)")
+    parser.add_argument("--side", choices=[*sides], help=argparse.SUPPRESS)
+    parser.add_argument("--tell", type=pathlib.Path, help=argparse.SUPPRESS)
+    add_flags(parser)
+    flags = parser.parse_args()
+    if flags.side:
+        flags.tell.write_text(json.dumps(sides[flags.side](flags)))
+        return
+    with tempfile.TemporaryDirectory(prefix="adstocrat-bench-") as temporary:
+        flags.work = (flags.work or pathlib.Path(temporary)).resolve()
+        flags.work.mkdir(parents=True, exist_ok=True)
+        bench(flags)
+
+
+def take_turns(flags: argparse.Namespace, sides: Sequence[str], *, rounds: int | None = None, **others: Any) -> dict[str, list[Turn]]:
+    """Run the sides in turns, A B A B, with the bench's own flags; `others` stand in for some of these."""
+    turns: dict[str, list[Turn]] = {side: [] for side in sides}
+    for _ in range(rounds or flags.rounds):
+        for side in sides:
+            turns[side].append(turn(flags, side, **others))
+    return turns
+
+
+def turn(flags: argparse.Namespace, side: str, cores: int | None = None, **others: Any) -> Turn:
+    """Run one side once, on the first `cores` of the machine's cores."""
+    values = {**vars(flags), **others, "side": side, "tell": flags.work / f"told-{os.getpid()}.json"}
+    command = [sys.executable, "-m", f"bench.{pathlib.Path(sys.argv[0]).stem}"]
+    for name, value in values.items():
+        if value is not None:
+            command += [f"--{name.replace('_', '-')}", str(value)]
+    if cores:
+        command = ["taskset", "--cpu-list", ",".join(map(str, sorted(os.sched_getaffinity(0))[:cores])), *command]
+    done = measured(command)
+    told = json.loads(values["tell"].read_text())
+    values["tell"].unlink()
+    done = dataclasses.replace(done, told=told)
+    if told["seconds"] <= 0:
+        raise RuntimeError(f"{side} took less than its start, {told}: give it more to do")
+    rate = told["units"] / told["seconds"]
+    print(f"  {side}: {rate:,.0f}/s, {told['seconds']:.2f} s of {done.wall:.1f}, CPU {done.cpu:.1f} s, {done.peak >> 20:,} MiB", flush=True)
+    return done
+
+
+def measured(command: Sequence[str]) -> Turn:
+    """Run a command to its end.
+
+    Raises:
+        RuntimeError: it failed; with what it said last.
+    """
+    with tempfile.TemporaryFile("w+") as said:
+        before, started, peak = os.times(), time.monotonic(), 0
+        child = psutil.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+        while child.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                peak = max(peak, sum(_resident(process) for process in (child, *child.children(recursive=True))))
+            with contextlib.suppress(psutil.TimeoutExpired):
+                child.wait(0.05)
+        wall, after = time.monotonic() - started, os.times()
+        if child.returncode:
+            said.seek(0)
+            raise RuntimeError(f"{' '.join(command)} ended with {child.returncode}: {said.read()[-3000:]}")
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return Turn({}, wall, cpu, peak)
+
+
+def _resident(process: psutil.Process) -> int:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.memory_info().rss
+    return 0
+
+
+def median(turns: Sequence[Turn], of: Callable[[Turn], float]) -> float:
+    return statistics.median(map(of, turns))
+
+
+def rate(turns: Sequence[Turn]) -> float:
+    """Units a second, start apart."""
+    return median(turns, lambda one: one.told["units"] / one.told["seconds"])
+
+
+def cpu_rate(turns: Sequence[Turn]) -> float:
+    """Units a CPU second, start apart: what others' load on the machine leaves as it is."""
+    return median(turns, lambda one: one.told["units"] / one.told["cpu"])
+
+
+def table(turns: Mapping[str, Sequence[Turn]], unit: str) -> str:
+    """What the sides took, as Markdown."""
+    columns = [f"{unit}/s", "s", f"{unit} per CPU s", "start, s", "whole process, s", "CPU s", "peak MiB"]
+    lines = [f"| | {' | '.join(columns)} |", "|---|---:|---:|---:|---|---:|---:|---:|"]
+    for side, some in turns.items():
+        starts = [one.told.get("start", {}) for one in some]
+        start = ", ".join(f"{name} {statistics.median(one[name] for one in starts):.1f}" for name in starts[0])
+        cells = [
+            f"{rate(some):,.0f}",
+            f"{median(some, lambda one: one.told['seconds']):.2f}",
+            f"{cpu_rate(some):,.0f}" if "cpu" in some[0].told else "",
+            start,
+            f"{median(some, lambda one: one.wall):.1f}",
+            f"{median(some, lambda one: one.cpu):.1f}",
+            f"{median(some, lambda one: one.peak / (1 << 20)):,.0f}",
+        ]
+        lines.append(f"| {side} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def report(name: str, title: str, parts: Sequence[str], bars: Sequence[Bar], packages: Sequence[str]) -> None:
+    """Write a bench's section in RESULTS.md, in place of what it said before."""
+    lines = ["| bar | found | wanted | |", "|---|---:|---:|---|"]
+    for bar in bars:
+        sign = "≥" if bar.at_least else "≤"
+        lines.append(f"| {bar.what} | {bar.found:,.3g} | {sign} {bar.limit:,.4g} | {'reached' if bar.reached else '**missed**'} |")
+    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("pyarrow", "apache-beam", *packages))
+    command = f"scripts/bench {pathlib.Path(sys.argv[0]).stem}"
+    if arguments := list(_without_work(sys.argv[1:])):
+        command += f" -- {' '.join(arguments)}"
+    load = ", ".join(f"{one:.1f}" for one in os.getloadavg())
+    about = f"{os.cpu_count()} cores, {_processor()}, Python {platform.python_version()}, {versions}; load at the end {load}."
+    section = "\n\n".join([f"## {name}: {title}", "\n".join(lines), *parts, f"`{command}`; {about}"])
+    print(f"\n{section}", flush=True)
+    head = "# Side by side\n\nWritten by `scripts/bench`; ratios are what counts, absolute numbers are of one machine.\n"
+    sections = dict(_sections(RESULTS.read_text())) if RESULTS.exists() else {}
+    sections[name] = section
+    ordered = sorted(sections, key=lambda title: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", title)])
+    RESULTS.write_text("\n\n".join([head.rstrip(), *(sections[one] for one in ordered)]) + "\n")
+
+
+def _sections(text: str) -> Iterator[tuple[str, str]]:
+    for section in text.split("\n## ")[1:]:
+        yield section.partition(":")[0], f"## {section.strip()}"
+
+
+def _without_work(arguments: Sequence[str]) -> Iterator[str]:
+    """Arguments without the folder for data, which says nothing to others."""
+    following = iter(arguments)
+    for argument in following:
+        if argument == "--work":
+            next(following)
+        elif not argument.startswith("--work="):
+            yield argument
+
+
+def _processor() -> str:
+    found = re.search(r"model name\s*: (.+)", pathlib.Path("/proc/cpuinfo").read_text())
+    return found[1] if found else platform.machine()

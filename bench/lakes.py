@@ -1,0 +1,57 @@
+"""The lakes that benches work on: sample months, made once in the bench's folder."""
+
+import contextlib
+import json
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import apache_beam as beam
+
+from beam_jobs.config import Config
+from beam_jobs.run import MonthRun, kept
+from beam_jobs.runner import run_pipeline
+from bench import harness
+from bench.harness import ADSTOCRAT
+from model import registry
+
+MONTH = "2026-08"
+
+
+def month_lake(work: pathlib.Path, ads: int, creatives: int) -> pathlib.Path:
+    """The lake of one sample month that was run to its end."""
+    lake = work / f"month-{ads}-{creatives}"
+    if not (lake / "lookup" / "CURRENT").exists():
+        sample = ["sample-data", str(lake), "--months", f"{MONTH}:{MONTH}", "--ads", str(ads), "--creatives", str(creatives)]
+        harness.measured([*ADSTOCRAT, *sample])
+        harness.measured([*ADSTOCRAT, "month", MONTH, "--lake", str(lake)])
+    return lake
+
+
+def month_of(lake: pathlib.Path) -> MonthRun:
+    """The run that the lake's month was published with."""
+    return kept(Config(lake=str(lake)), MONTH, json.loads((lake / "lookup" / "CURRENT").read_text())["run"])
+
+
+def start_runner() -> None:
+    """What starting Beam's runner takes, whatever it runs."""
+    run_pipeline(lambda root: root | beam.Create([1]) | beam.Map(int), [])
+
+
+@contextlib.contextmanager
+def loads_timed() -> Iterator[dict[str, float]]:
+    """`seconds` and `cpu` seconds that loading models took, meanwhile."""
+    taken = {"seconds": 0.0, "cpu": 0.0}
+    load = registry.load
+
+    def timed(*arguments: Any) -> Any:
+        started, cpu = time.monotonic(), time.process_time()
+        loaded = load(*arguments)
+        taken["seconds"] += time.monotonic() - started
+        taken["cpu"] += time.process_time() - cpu
+        return loaded
+
+    with mock.patch.object(registry, "load", timed):
+        yield taken

@@ -1,0 +1,19 @@
+"""Making things ahead of those who use them, so that both have a core of their own: Arrow, NumPy and files let go of Python's lock."""
+
+import collections
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+_END = object()
+
+
+def ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:
+    """The items in their order, made in a thread of their own, up to `depth` of them before they are asked for."""
+    made = iter(items)
+    with ThreadPoolExecutor(1) as thread:
+        waiting = collections.deque(thread.submit(next, made, _END) for _ in range(depth))
+        while (item := waiting.popleft().result()) is not _END:
+            waiting.append(thread.submit(next, made, _END))
+            yield item  # type: ignore[misc]
