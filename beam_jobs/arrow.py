@@ -27,9 +27,10 @@ from schemas.storage import Storage, crc32c
 # A spill is written when it holds this much, while the next fills; its sections are what a shard reads by range later, so bigger means
 # fewer reads.
 SPILL_BYTES = 64 << 20
-SMALL_ROWS = 16_384
+# Batches of fewer rows are put together first, or their slices by shard would be of a few rows.
+_SMALL_ROWS = 16_384
 UNIT_ROWS = 1_000_000
-# Units that a process works on at a time, each with all of its rows in memory.
+# Units that a bundle works on at a time, each with all of its rows in memory.
 _AT_A_TIME = 2
 
 
@@ -205,12 +206,15 @@ def spill_sections(
 ) -> tuple[bytes, list[tuple[int, Section]]]:
     """The bytes of one spill file, and for each shard in it where its section lies."""
     table = pa.Table.from_batches(batches)
-    if table.num_rows < SMALL_ROWS * len(batches):
-        table = table.combine_chunks()  # Or there would be slices of a few rows.
+    if table.num_rows < _SMALL_ROWS * len(batches):
+        table = table.combine_chunks()
     # Batch by batch, since rows are gathered faster from what the caches hold.
     by_shard, bounds = [], []
     for batch in table.to_batches(max_chunksize=BATCH_ROWS):
-        of_row = np.asarray(assign(batch)).astype(np.min_scalar_type(shards))  # NumPy sorts small integers in linear time.
+        of_row = np.asarray(assign(batch))
+        if len(of_row) and not 0 <= of_row.min() <= of_row.max() < shards:
+            raise ValueError(f"rows are assigned to shards {of_row.min()} to {of_row.max()}; expected 0 to {shards - 1}")
+        of_row = of_row.astype(np.min_scalar_type(shards))  # NumPy sorts small integers in linear time.
         by_shard.append(batch.take(pa.array(np.argsort(of_row, kind="stable"))))
         bounds.append(np.concatenate([[0], np.cumsum(np.bincount(of_row, minlength=shards))]).tolist())
     pieces, addressed, offset = [], [], 0

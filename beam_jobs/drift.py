@@ -18,7 +18,7 @@ import numpy as np
 
 from beam_jobs import statistics
 from beam_jobs.config import ALARMS
-from beam_jobs.run import AlarmError, MonthRun
+from beam_jobs.run import AlarmError, MonthRun, kept
 from beam_jobs.statistics import IMAGES, LABELLED, Sketch, Sketches
 from schemas import lake
 from schemas.contract import Column, Contract
@@ -75,8 +75,7 @@ def compare(before: Sketches, now: Sketches, contract: Contract, missing_limit: 
     for column in (column for column in contract.kept if column.name in old.keys() & new.keys()):
         a, b = old[column.name], new[column.name]
         yield _share(MISSING, column.name, None, (a.missing, a.rows), (b.missing, b.rows), missing_limit, "of the rows have no value")
-        # A column that is of another type now has nothing to be compared with.
-        if not column.tags & {"key", "image", "mature_before"} and a.known and b.known and bool(a.top) == bool(b.top):
+        if not column.tags & {"key", "image", "mature_before"} and a.known and b.known:
             ordinary = _ordinary(usual(DRIFT, column.name, None)) if column.categorical else 0.0
             yield _distribution(DRIFT, column, a, b, max(column.drift or _limit(column), ordinary))
     yield from _clicks(before, now, contract)
@@ -172,20 +171,20 @@ def execute(run: MonthRun) -> None:
         AlarmError: an alarm stops the month.
     """
     now, window = statistics.merge(run), dict(run.window[:-1])
-    month, id = _latest(run)
-    before, follows = statistics.of_run(run.storage, month, id) if month else {}, month == lake.month_after(run.month, -1)
+    month, id, before = _latest(run)
+    follows = month == lake.month_after(run.month, -1)
     found: list[Compared] = []
     if before:
         usual = _Usual(run.storage, run.month)
         found += compare(before, now, run.contract, run.config.monitor_missing, usual)
         if follows:  # In two months more comes and goes than is usual of one.
             found += churn(before, now, run.contract, usual)
-        else:
-            found = [dataclasses.replace(one, told=f"{one.told} (which was {month})") for one in found]
-    if window:
-        found += skew([*(statistics.of_run(run.storage, *pair) for pair in window.items()), now], now, run.contract)
     if month in window and run.contract.image:
         found += embeddings(run.contract.image.name, *(_embedded(run, *pair) for pair in ((month, id), (run.month, run.id))))
+    if not follows:
+        found = [dataclasses.replace(one, told=f"{one.told}; last month: {month}") for one in found]
+    if window:
+        found += skew([*(statistics.of_run(run.storage, *pair) for pair in window.items()), now], now, run.contract)
     document = {"previous": month or None, **ruled(found, run.config.monitor_stop)}
     run.storage.write(_file(run.month, run.id), json.dumps(document, indent=1).encode())
     check(run)
@@ -227,13 +226,23 @@ def previous(run: MonthRun) -> tuple[str, str]:
     return (month, dict(run.earlier).get(month, notes[-1])) if notes else ("", "")
 
 
-def _latest(run: MonthRun) -> tuple[str, str]:
-    """The last month before with a published run, and that run, be there a gap or another contract; ("", "") where there is none."""
+def _latest(run: MonthRun) -> tuple[str, str, Sketches]:
+    """The last month before with a published run, that run and its sketches, of columns that are still what they were; or nothing."""
     for back in range(1, _TRAILING + 1):
         month = lake.month_after(run.month, -back)
-        if notes := lake.publications(run.storage, month):
-            return month, dict(run.earlier).get(month, notes[-1].run)
-    return "", ""
+        for note in lake.publications(run.storage, month)[-1:]:
+            id = dict(run.earlier).get(month, note.run)
+            if found := statistics.of_run(run.storage, month, id):
+                then, now = _meanings(kept(run.config, month, id).contract), _meanings(run.contract)
+                same = {name for name, meaning in now.items() if then.get(name) == meaning}
+                return month, id, {key: sketch for key, sketch in found.items() if key[0] == IMAGES or key[1] in same}
+    return "", "", {}
+
+
+def _meanings(contract: Contract) -> dict[str, Any]:
+    """Of each column that is sketched, what has to be the same for months to be compared."""
+    columns = {column.name: (column.kind, column.tags) for column in contract.columns}
+    return {**columns, statistics.key_of(contract): [column.name for column in contract.key]}
 
 
 def _file(month: str, id: str) -> str:
@@ -299,7 +308,7 @@ def _divergence(p: np.ndarray, q: np.ndarray, weight: float) -> float:
 def _clicks(before: Sketches, now: Sketches, contract: Contract) -> Iterator[Compared]:
     """Click rates, of all labelled rows and by the values of segments and position."""
     outcome = contract.clicked or contract.clicks
-    if not outcome:
+    if not outcome or any(column and (LABELLED, column.name, None) not in before for column in (outcome, contract.impressions)):
         return
     for key in [key for key in now if key[0] == LABELLED and key in before and (key[2] is not None or key[1] == outcome.name)]:
         (old, old_squared, old_shown), (new, new_squared, new_shown) = (_told(sketches, key, contract) for sketches in (before, now))

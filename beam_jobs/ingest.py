@@ -39,7 +39,7 @@ from schemas.rows import DUPLICATE_KEY, duplicate_rejects, read_rows
 from schemas.storage import Entry, Storage
 
 _HEAD_BYTES = 1 << 18
-# A file that can be split is read in parts of about this much: what a spill file takes.
+# A file that can be split is read in parts of about this much.
 SPLIT_BYTES = 128 << 20
 
 

@@ -29,7 +29,7 @@ EDGES = np.logspace(-5, 0, 101)
 EVIDENCE = ("never shown", f"fewer than {LOW_EVIDENCE} impressions", f"{LOW_EVIDENCE} impressions or more")
 _COLUMNS = ["key", "p_click", "creative", "evidence_key", "evidence_creative"]
 _KEYS_HELD = 8_000_000
-_MOVERS, _GALLERY, _GROUPS, _GROUPS_OF_A_BATCH = 8, 12, 2, 16_384
+_MOVERS, _GALLERY, _GROUPS, _GROUPS_HELD = 8, 12, 2, 2_000_000
 # A group of fewer ads moves by chance.
 _GROUP_ADS = 30
 
@@ -110,8 +110,10 @@ def read(run: MonthRun, before: Month | None = None) -> tuple[Month, Moved | Non
         creatives.append(_summed(table, "creative", [("evidence_creative", "max"), ("key", "first")]))
         for name in of_groups.keys() & groups.keys():
             groups[name].append(_summed(table.append_column("value", of_groups[name]), "value", [("creative", "first")]))
-            if len(groups[name][-1]) > _GROUPS_OF_A_BATCH:
-                del groups[name]  # These are no groups, and as many as ads to hold.
+            if sum(map(len, groups[name])) > _GROUPS_HELD:
+                groups[name] = [_compacted(groups[name])]
+                if 2 * len(groups[name][0]) > _GROUPS_HELD:
+                    del groups[name]  # Too many to hold.
         hashes = hash64_column(batch["key"])
         chosen = np.flatnonzero(hashes % np.uint64(step) == 0) if step > 1 else np.arange(len(hashes))
         held.append((hashes[chosen], p[chosen]))
@@ -175,6 +177,15 @@ def _batches(storage: Storage, scores: Manifest, rows: Manifest | None, columns:
 
 def _summed(table: pa.Table, by: str, more: Sequence[tuple[str, str]]) -> pa.Table:
     return table.group_by(by, use_threads=False).aggregate([("p_click", "count"), ("p_click", "sum"), *more])
+
+
+def _compacted(tables: list[pa.Table]) -> pa.Table:
+    """Several parts as one."""
+    whole, names = pa.concat_tables(tables), tables[0].column_names
+    found = whole.group_by("value", use_threads=False).aggregate(
+        [(n, "first" if n.endswith("_first") else "sum") for n in names if n != "value"]
+    )
+    return found.rename_columns([name if name == "value" else name.rpartition("_")[0] for name in found.column_names]).select(names)
 
 
 def _merged(tables: list[pa.Table], by: str, more: Mapping[str, tuple[str, str]]) -> pa.Table:

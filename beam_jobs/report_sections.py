@@ -228,14 +228,13 @@ def drift(drift: Mapping[str, Any], last: Mapping, this: Mapping) -> dict:
         for each in drawn
         for i, (label, a, b) in enumerate(zip(each.labels or [""] * len(each.last), each.last, each.this, strict=True))
     ]
-    told = (
-        "Last month and this one, what moved most against its threshold first: shares of the commonest values, and quantiles of numbers. "
-    )
+    last_month = drift["previous"] or "last month"
+    told = f"{last_month} and this one, what moved most against its threshold first: shares of the commonest values, quantiles of numbers. "
     told += "An alarm has an exclamation mark."
     numbers = Table("Both months", ("of", "value", "last", "this"), lines)
     chart = Chart(Markup(plots.small_multiples(drawn, told)), told, numbers) if drawn else None
-    first = Table("Compared with the month before", columns, cells[:_FIRST])
-    rest = Table("Compared with the month before, the rest", columns, cells[_FIRST:])
+    first = Table(f"Compared with {last_month}", columns, cells[:_FIRST])
+    rest = Table(f"Compared with {last_month}, the rest", columns, cells[_FIRST:])
     return {"chart": chart, "table": first, "rest": rest if rest.rows else None}
 
 

@@ -64,7 +64,11 @@ def _crossed(run: MonthRun, old: Manifest, now: float, new: Manifest) -> float |
     embedded = lake.read_manifest(run.storage, lake.embeddings_folder(encoder, run.month, run.id))
     if not made or not embedded or made.info.get("format") != registry.FORMAT:
         return None
-    model, units = registry.load(run.storage, "ranker", ranker), month_rows(run, run.month, run.id, encoder)
+    try:
+        model = registry.load(run.storage, "ranker", ranker)
+    except registry.ModelError:
+        return None  # What cannot be told keeps no month from being published.
+    units = month_rows(run, run.month, run.id, encoder)
     # Scores are written in the order of their unit's rows.
     files = {receipt.unit: receipt.file for receipt in new.receipts}
     differences, rows = [], []

@@ -16,7 +16,7 @@ from beam_jobs.run import StageError, source_digest
 
 # Beam's own flags, where they are not given.
 _DEFAULTS = {
-    # 4 GB a vCPU: each vCPU has a process of its own, and what one holds at most is the rows of a unit, about 1 GiB (docs/scale.md).
+    # 4 GB a vCPU: each vCPU has a process of its own, and what one holds at most is the rows of two units, about 1 GiB (docs/scale.md).
     "machine_type": "n2-standard-8",
     # Spills and outputs lie in the bucket; the disk takes the image and, for each vCPU, a file or two that are being written.
     "disk_size_gb": 64,

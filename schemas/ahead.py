@@ -11,9 +11,11 @@ _END = object()
 
 def ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:
     """The items in their order, made in a thread of their own, up to `depth` of them before they are asked for."""
-    made = iter(items)
-    with ThreadPoolExecutor(1) as thread:
+    made, thread = iter(items), ThreadPoolExecutor(1)
+    try:
         waiting = collections.deque(thread.submit(next, made, _END) for _ in range(depth))
         while (item := waiting.popleft().result()) is not _END:
             waiting.append(thread.submit(next, made, _END))
             yield item  # type: ignore[misc]
+    finally:
+        thread.shutdown(cancel_futures=True)

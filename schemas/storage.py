@@ -138,6 +138,15 @@ def crc32c_of_file(path: pathlib.Path) -> str:
     return base64.b64encode(checksum.digest()).decode()
 
 
+def _linked(path: pathlib.Path, name: pathlib.Path) -> bool:
+    """Give a file a second name instead of copying it; false where that cannot be, as on another disk."""
+    try:
+        os.link(path.resolve(), name)
+    except OSError:
+        return False
+    return True
+
+
 def _not_there(error: OSError) -> None:
     """A folder that is not there holds nothing; of one that cannot be read that is not known."""
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
@@ -232,10 +241,9 @@ class Folder(Storage):
     def upload(self, path: pathlib.Path, name: str) -> None:
         target = self._root / name
         temporary = self._temporary(target, b"")
+        may_link = path.stat().st_gid == temporary.stat().st_gid  # A lake that several share may give its files a group.
         temporary.unlink()
-        try:
-            os.link(path, temporary)  # On one disk nothing has to be copied.
-        except OSError:
+        if not (may_link and _linked(path, temporary)):
             shutil.copyfile(path, temporary)
         os.replace(temporary, target)
 

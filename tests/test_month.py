@@ -24,7 +24,7 @@ AUGUST, SEPTEMBER = "2026-08", "2026-09"
 KEY = Column("id", "bytes", frozenset({"key"}), required=True)
 IMAGE = Column("image", "bytes", frozenset({"image"}))
 DEVICE = Column("device", "bytes")
-BID = Column("bid", "float")
+BID, BID_NAME = Column("bid", "float"), Column("bid", "bytes")
 CLICKED = Column("clicked", "int", frozenset({"clicked"}))
 
 
@@ -87,9 +87,9 @@ def test_whatever_a_month_lacks_it_is_scored(
 
 
 def test_a_changed_contract_after_a_gap_starts_from_scratch_and_is_published(tmp_path: pathlib.Path) -> None:
-    """What both have is compared all the same, but not how much came and went."""
+    """What both have is compared all the same, but not how much came and went, nor what is not what it was."""
     storage, october = Folder(str(tmp_path / "lake")), "2026-10"
-    for month, columns in ((AUGUST, (KEY, IMAGE, DEVICE, CLICKED)), (october, (KEY, IMAGE, DEVICE, BID, CLICKED))):
+    for month, columns in ((AUGUST, (KEY, IMAGE, DEVICE, BID, CLICKED)), (october, (KEY, IMAGE, DEVICE, BID_NAME, CLICKED))):
         deliver(storage, month, more="" if month == AUGUST else "\n".join(f"n{i},i0.png,c,0.5,0" for i in range(200)))
         assert run(storage, tmp_path, month, *columns) == 0
     current, _ = lake.read_pointer(storage, lake.CURRENT, Current)
@@ -97,8 +97,10 @@ def test_a_changed_contract_after_a_gap_starts_from_scratch_and_is_published(tmp
     assert current is not None and current.month == october
     assert champion is not None and champion.ranker == f"{october}-{current.run}" and champion.encoder.startswith(AUGUST)
     drifted = storage.read_json(f"{lake.run_folder(october, current.run)}/drift.json")
-    assert drifted["previous"] == AUGUST and "churn" not in {row["kind"] for row in drifted["compared"]}
-    assert any(told.startswith("drift device (c)") and f"last month (which was {AUGUST})" in told for told in drifted["alarms"])
+    assert drifted["previous"] == AUGUST and not {"churn", "bid"} & {
+        row[name] for row in drifted["compared"] for name in ("kind", "column")
+    }
+    assert any(told.startswith("drift device (c)") and f"last month; last month: {AUGUST}" in told for told in drifted["alarms"])
 
 
 def test_a_month_with_nothing_to_learn_from_is_scored_with_the_champion(
