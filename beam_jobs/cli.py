@@ -163,6 +163,8 @@ def _parser() -> tuple[Parser, Any]:
     cloud = commands.add_parser(
         "local-cloud",
         help="emulators of Cloud Storage and BigQuery",
+        description="Emulators of Cloud Storage, with the bucket gs://adstocrat, and of BigQuery. `start` and `status` print the way "
+        'there: eval "$(adstocrat local-cloud start --state build/cloud)". Behind -- they last for one command.',
         usage="%(prog)s [start|stop|status] --state DIR [-- COMMAND…]",
     )
     cloud.add_argument("action", nargs="?", choices=("start", "stop", "status"))

@@ -133,8 +133,6 @@ class _ReadRows(beam.DoFn):
 
     def process(self, part: Part) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput[Literal["parts"], tuple[str, Receipt]]]:
         run, counts, writer = self._run, Counter[str](read=0), None
-        # The numbers of a part's rows count from its own start, so its rejects are not yet those of the run.
-        folder = run.stage("rejects") if part.parts == 1 else run.spill
         unit, file, checksum = _unit(part), "", ""
         with run.storage.open(part.file) as stream, tempfile.TemporaryDirectory(prefix="adstocrat-") as temporary:
             path = pathlib.Path(temporary) / "rejects.parquet"
@@ -148,7 +146,8 @@ class _ReadRows(beam.DoFn):
                     yield checked.rows.append_column("origin", duplicates.origins(part.index, checked.numbers))
             if writer:
                 writer.close()
-                file, checksum = upload(run.storage, path, lake.unique(folder, unit.replace("/", "_"), ".parquet"))
+                # Not yet among the run's rejects, which people read by the folder: the duplicates, and the numbers in the file, come later.
+                file, checksum = upload(run.storage, path, lake.unique(run.spill, unit.replace("/", "_"), ".parquet"))
         rejected = counts.total() - counts["read"]
         yield pvalue.TaggedOutput("parts", (part.file, Receipt(unit, file, rejected, dict(counts), checksum)))
 
@@ -175,8 +174,6 @@ def whole_file(file: str, told: Iterable[Receipt], storage: Storage, folder: str
         by_unit.setdefault(receipt.unit, []).append(receipt)
     receipts = [lake.one_receipt_each(by_unit[unit]) for unit in sorted(by_unit)]
     counts = sum((Counter(receipt.counts) for receipt in receipts), Counter[str]())
-    if len(receipts) == 1:
-        return dataclasses.replace(receipts[0], unit=f"file/{file}")
 
     def numbered() -> Iterator[pa.RecordBatch]:
         before = after = 0

@@ -278,12 +278,13 @@ def earlier_champion(storage: Storage, contract: Contract, month: str, champion:
 
 def _check_names(contract: Contract) -> None:
     """BigQuery must be able to hold the columns that the score table shows."""
-    names = [column.name for column in contract.carried]
+    names, keys = [column.name for column in contract.carried], [column.name for column in contract.key]
     for name in names:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,299}", name) or [other.lower() for other in names].count(name.lower()) > 1:
+            instead = "" if name in keys else ", or leave out the tag segment"
             raise ContractError(
                 f"contract column {name!r} cannot be a column in BigQuery: expected letters, digits and _ alone, and no other column "
-                "of that name in other letter case; rename it in the export, or leave out the tag segment"
+                f"of that name in other letter case; rename it in the export and the contract{instead}"
             )
 
 

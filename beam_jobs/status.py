@@ -120,7 +120,7 @@ def _due(config: Config, storage: Storage, noted: Publication) -> list[str]:
     if run.id == noted.run:
         return []
     if lake.read_manifest(storage, run.stage("lookup")):
-        return [f"{noted.month} has the run {run.id} too; `adstocrat publish {noted.month}` makes that current"]
+        return [f"{noted.month} has the run {run.id} too; `adstocrat publish {noted.month}`, with that run's flags, makes it current"]
     before = storage.read_json(f"{lake.run_folder(noted.month, noted.run)}/inputs.json") or {}
     # As JSON has them.
     changed = [name for name, value in inputs.items() if json.loads(json.dumps(value)) != before.get(name)]

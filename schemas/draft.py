@@ -45,7 +45,10 @@ def infer(files: Sequence[str], roles: dict[str, Sequence[str]], layout: Layout 
                 for checked in rows.read_rows(stream, texts, file, layout):
                     counts["read"] += checked.read
                     counts.update(checked.rejects["reason"].to_pylist())
-                    kinds = {name: _widen(kind, checked.rows[name]) for name, kind in kinds.items()}
+                    for name, kind in kinds.items():
+                        kinds[name] = _widen(kind, checked.rows[name])
+                        if kinds[name] == "bytes" != kind:
+                            _tell_odd(name, checked.rows[name], file)
         except (OSError, EOFError, zlib.error, csv_records.HeaderError) as error:
             raise ContractError(f"{file!r} cannot be read as CSV: {error}") from None
     if not kinds:
@@ -103,3 +106,16 @@ def _widen(kind: str | None, column: pa.Array) -> str | None:
             if pc.all(pc.is_finite(values)).as_py():
                 return candidate
     return "bytes"
+
+
+def _tell_odd(name: str, column: pa.Array, file: str) -> None:
+    """Where nearly all values are numbers, one that makes the column text is likely a fault, which the contract does not show."""
+    values = column.drop_null()
+    numbers = pc.match_substring_regex(values, r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$")
+    odd = values.filter(pc.invert(numbers))
+    if 0 < len(odd) < len(values) / 10:
+        log.info(
+            "%r is text to the draft because of %r in %s, though nearly all of its values are numbers; if that is a fault, mend the "
+            "export, or draft without such rows, and a month will reject them",
+            *(name, odd[0].as_py(), file),
+        )

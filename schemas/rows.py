@@ -152,7 +152,7 @@ def _places(names: list[str], contract: Contract, file: str) -> dict[str, int]:
             raise ContractError(
                 f"{file} lacks a column of the contract: {column.name!r}; its header is {there}"
                 + (f", did you mean {spellings[near[0]]!r}?" if near else "")
-                + "; add it to the export or drop it from the contract"
+                + "; add it to the export or drop it from the contract, which is that of the sample months unless --contract names another"
             )
     return {column.name: names.index(column.name) for column in contract.kept}
 

@@ -137,7 +137,7 @@ class Supervisor:
         try:
             current, _ = read_pointer(self._storage, CURRENT, Current)
             if current is None:
-                self._log(logging.WARNING, f"Nothing to serve yet: {self._storage.uri} has no {CURRENT}.")
+                self._log(logging.WARNING, f"Nothing to serve yet: {self._storage.uri} has no {CURRENT}; a month will be once published.")
                 self._wait("No lookup table is published yet; the first published month will be served without a restart.")
                 return
             self.served.differs = self._storage.read_versioned(differs(current.month))[0] is not None

@@ -322,6 +322,15 @@ def test_rows_that_ingest_rejects_say_nothing_and_are_counted(tmp_path: pathlib.
         assert f"{reason} 1" in caplog.text
 
 
+@pytest.mark.parametrize("rest, told", [(b"20,n/a\n", True), (b"", False), (b"20,p\n21,q\n22,r\n", False), (b"20,1e3\n", False)])
+def test_the_value_that_makes_a_column_of_numbers_text_is_told(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, rest: bytes, told: bool
+) -> None:
+    caplog.set_level("INFO")
+    _, (path,) = infer(tmp_path, {"key": ["id"]}, a_csv=b"id,x\n" + b"".join(b"%d,%d.5\n" % (i, i) for i in range(20)) + rest)
+    assert (f"'x' is text to the draft because of 'n/a' in {path}" in caplog.text) == told == ("is text to the draft" in caplog.text)
+
+
 def test_a_column_without_a_name_is_left_out_and_told(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     """As a data frame's index is written, or a comma at the end of each line."""
     caplog.set_level("INFO")

@@ -206,7 +206,9 @@ def test_of_a_key_the_first_row_by_file_and_number_stays(
     rows = table(run, [r.file for r in manifest.receipts if r.unit.startswith("shard/")], row_schema(CONTRACT)).to_pylist()
     assert {row["key"]: row["advertiser"] for row in rows} == {key: f"{name} {number}" for key, (name, number) in kept.items()}
     assert len(rows) == len(kept) == manifest.count("ingested") and len(expected) > 500
-    rejects = table(run, [r.file for r in manifest.receipts if r.unit.startswith("file/")], REJECTS).to_pylist()
+    files = [r.file for r in manifest.receipts if r.unit.startswith("file/")]
+    assert sorted(run.storage.names(run.stage("rejects") + "/")) == sorted(files)
+    rejects = table(run, files, REJECTS).to_pylist()
     found = [row for row in rejects if row["reason"] == "duplicate_key"]
     assert [(row["file"], row["row"], row["value"], row["line"]) for row in found] == expected
     assert {row["column"] for row in found} == {"ad_id"}
