@@ -200,7 +200,8 @@ def report(name: str, title: str, parts: Sequence[str], bars: Sequence[Bar], pac
     about = f"{os.cpu_count()} cores, {_processor()}, Python {platform.python_version()}, {versions}; load at the end {load}."
     section = "\n\n".join([f"## {name}: {title}", "\n".join(lines), *parts, f"`{command}`; {about}"])
     print(f"\n{section}", flush=True)
-    head = "# Side by side\n\nWritten by `scripts/bench`; ratios are what counts, absolute numbers are of one machine.\n"
+    head = "# Side by side\n\nWritten by `scripts/bench`; ratios are what counts, absolute numbers are of one machine. What limits\n"
+    head += "the bars that are missed: [LIMITS.md](LIMITS.md).\n"
     sections = dict(_sections(RESULTS.read_text())) if RESULTS.exists() else {}
     sections[name] = section
     ordered = sorted(sections, key=lambda title: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", title)])
@@ -213,12 +214,12 @@ def _sections(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _without_work(arguments: Sequence[str]) -> Iterator[str]:
-    """Arguments without the folder for data, which says nothing to others."""
+    """Arguments without folders of this machine, which say nothing to others."""
     following = iter(arguments)
     for argument in following:
-        if argument == "--work":
+        if argument in ("--work", "--lake", "--encoder-lake"):
             next(following)
-        elif not argument.startswith("--work="):
+        else:
             yield argument
 
 

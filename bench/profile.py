@@ -18,7 +18,7 @@ from unittest import mock
 from xml.sax.saxutils import escape
 
 LINE, MARGIN = 16, 10
-_ELEMENTS, _SECONDS = "beam:metric:element_count:v1", "beam:metric:pardo_execution_time:process_bundle_msecs:v1"
+_ELEMENTS, _MILLISECONDS = "beam:metric:element_count:v1", "beam:metric:ptransform_execution_time:total_msecs:v1"
 
 
 def run_stage(arguments: list[str], told: pathlib.Path) -> int:
@@ -33,12 +33,20 @@ def run_stage(arguments: list[str], told: pathlib.Path) -> int:
 
     def run(pipeline: beam.Pipeline, *given: Any, **named: Any) -> Any:
         result = real(pipeline, *given, **named)
-        seconds: dict[str, float] = {}
+        seconds, elements = dict[str, float](), dict[str, int]()
         for info in result.monitoring_infos():
-            if info.urn == _SECONDS:
+            if info.urn == _MILLISECONDS:
                 step = info.labels["PTRANSFORM"]
                 seconds[step] = seconds.get(step, 0.0) + monitoring_infos.extract_counter_value(info) / 1000
-        told = [f"{value:9.1f} s in {step}" for step, value in sorted(seconds.items(), key=lambda one: -one[1]) if value >= 0.1]
+            if info.urn == _ELEMENTS:
+                elements[info.labels["PCOLLECTION"]] = monitoring_infos.extract_counter_value(info)
+        transforms = pipeline.to_runner_api().components.transforms.values()
+        out = {one.unique_name: sum(elements.get(made, 0) for made in one.outputs.values()) for one in transforms}
+        told = [
+            f"{value:9.2f} s, {out.get(step, 0):>9,} elements out of {step}"
+            for step, value in sorted(seconds.items(), key=lambda one: -one[1])
+            if value >= 0.005
+        ]
         counted = result.metrics().query()
         told += [f"{one.committed:>11,} {one.key.metric.namespace} {one.key.metric.name}" for one in counted["counters"]]
         told += [
