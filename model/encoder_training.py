@@ -25,7 +25,7 @@ _POOL_THUMBNAILS = 4096
 _TUNE_THUMBNAILS = 16_384
 # A creative weighs at most as so many expected clicks: past that, what is left of it is not noise but what its image does not show.
 _EXPECTED_CAP = 10.0
-_LEAST_EPOCHS, _MOST_EPOCHS = 16, 28
+_STEPS, _LEAST_EPOCHS, _MOST_EPOCHS = 2_700, 16, 28
 _COLUMNS = Settings(steps=360, max_epochs=10)
 
 
@@ -76,8 +76,8 @@ def train_encoder(
         write(model, folder, spec)
         return {"mode": "untrained", **counts, "epochs": 0, "tune_loss": None}
     size = min(64, train)
-    # What is small in a picture, such as a label, is seen late; of few pictures it would be learnt by heart.
-    epochs = epochs or min(_MOST_EPOCHS, max(_LEAST_EPOCHS, train // 150))
+    # What is small in a picture, such as a label, is seen late; a few pictures would be learnt by heart before that.
+    epochs = epochs or max(_LEAST_EPOCHS, min(_MOST_EPOCHS, _STEPS * size // train, train // 150))
 
     def batches(epoch: int) -> Iterator[Arrays]:
         rng = np.random.default_rng([seed, epoch])
