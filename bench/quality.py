@@ -6,7 +6,7 @@ impression. Models are trained as in a run, on months that were joined without B
     scripts/bench quality -- [--only ladder,calibration,position,negatives,real,refresh] [--seeds 11,12,13,14,15] [--work DIR]
         [--criteo DIR]
 
-The first run of a seed draws its months and trains an encoder (some 3 minutes of one core); what is in --work is used again.
+The first run of a seed draws its months and trains an encoder (some 5 minutes of one core); what is in --work is used again.
 """
 
 import argparse

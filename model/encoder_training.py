@@ -25,6 +25,7 @@ _POOL_THUMBNAILS = 4096
 _TUNE_THUMBNAILS = 16_384
 # A creative weighs at most as so many expected clicks: past that, what is left of it is not noise but what its image does not show.
 _EXPECTED_CAP = 10.0
+_STEPS, _LEAST_EPOCHS, _MOST_EPOCHS = 2_700, 16, 28
 _COLUMNS = Settings(steps=360, max_epochs=10)
 
 
@@ -35,7 +36,7 @@ def train_encoder(
     seed: int,
     folder: pathlib.Path,
     progress: Progress,
-    epochs: int = 16,
+    epochs: int = 0,
     backbone: tuple[str, pathlib.Path] | None = None,
 ) -> dict[str, Any]:
     """Train an encoder and write its folder.
@@ -49,7 +50,7 @@ def train_encoder(
         seed: with the streams, it decides every bit of the weights.
         folder: where the model is written; local.
         progress: takes a short line an epoch.
-        epochs: passes over the thumbnails, at most.
+        epochs: passes over the thumbnails, at most; 0 leaves their number to how many there are.
         backbone: as for `encoder.build`.
 
     Raises:
@@ -75,6 +76,8 @@ def train_encoder(
         write(model, folder, spec)
         return {"mode": "untrained", **counts, "epochs": 0, "tune_loss": None}
     size = min(64, train)
+    # What is small in a picture, such as a label, is seen late; a few pictures would be learnt by heart before that.
+    epochs = epochs or max(_LEAST_EPOCHS, min(_MOST_EPOCHS, _STEPS * size // train, train // 150))
 
     def batches(epoch: int) -> Iterator[Arrays]:
         rng = np.random.default_rng([seed, epoch])
