@@ -229,7 +229,9 @@ def drift(drift: Mapping[str, Any], last: Mapping, this: Mapping) -> dict:
         for i, (label, a, b) in enumerate(zip(each.labels or [""] * len(each.last), each.last, each.this, strict=True))
     ]
     last_month = drift["previous"] or "last month"
-    told = f"{last_month} and this one, what moved most against its threshold first: shares of the commonest values, quantiles of numbers. "
+    told = (
+        f"This month and {last_month}, what moved most against its threshold first: shares of the commonest values, quantiles of numbers. "
+    )
     told += "An alarm has an exclamation mark."
     numbers = Table("Both months", ("of", "value", "last", "this"), lines)
     chart = Chart(Markup(plots.small_multiples(drawn, told)), told, numbers) if drawn else None
