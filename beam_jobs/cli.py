@@ -188,7 +188,7 @@ def _config(arguments: argparse.Namespace) -> Config:
 
 def _prepared(arguments: argparse.Namespace, flags: list[str]) -> Any:
     from beam_jobs.ready import check_delivery
-    from beam_jobs.run import prepare
+    from beam_jobs.run import prepare, published_contract
     from schemas.storage import open_storage
 
     config = _config(arguments)
@@ -197,7 +197,8 @@ def _prepared(arguments: argparse.Namespace, flags: list[str]) -> Any:
 
         checked_options(flags)
     check_delivery(open_storage(config.lake), check_month(arguments.month), config.ingest_ready)
-    return prepare(config, arguments.month)
+    # What is published again is what was made, whatever contract this command would begin with.
+    return prepare(config, arguments.month, published_contract(config, arguments.month) if arguments.command == "publish" else None)
 
 
 def _month(arguments: argparse.Namespace, flags: list[str]) -> None:
@@ -221,6 +222,7 @@ def _month(arguments: argparse.Namespace, flags: list[str]) -> None:
 
 
 def _stage(arguments: argparse.Namespace, flags: list[str]) -> None:
+    from beam_jobs import report
     from beam_jobs.month import STAGES, run_stage
 
     folder = getattr(arguments, "write_tfma", None)
@@ -230,7 +232,8 @@ def _stage(arguments: argparse.Namespace, flags: list[str]) -> None:
 
         tfma.check_installed()
     run = _prepared(arguments, flags)
-    run_stage(next(stage for stage in STAGES if stage.name == arguments.command), run, flags)
+    if run_stage(next(stage for stage in STAGES if stage.name == arguments.command), run, flags) and arguments.command == "publish":
+        report.refresh(run)
     if folder:
         run_pipeline(lambda root: tfma.define_pipeline(root, run, folder), flags)
 
@@ -240,7 +243,7 @@ def _rollback(arguments: argparse.Namespace, _: list[str]) -> None:
     from beam_jobs.publish import rollback
 
     run = rollback(_config(arguments), arguments.month, arguments.to, arguments.keep_model)
-    report.write_index(run.storage)
+    report.refresh(run)
     print(f"{run.month} is run {run.id} now")
 
 

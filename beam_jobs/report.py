@@ -90,6 +90,15 @@ def write(run: MonthRun) -> Summary:
     return page["summary"]
 
 
+def refresh(run: MonthRun) -> None:
+    """Make the page of a run again if the run is not what it says, and that of all runs."""
+    made = read(run.storage, run.month, run.id)
+    if made and made.status == verdict(run)[0]:
+        write_index(run.storage)
+    else:
+        write(run)
+
+
 def stopped(run: MonthRun, stage: str, error: StageError) -> Summary:
     """Note that a stage stopped the month, and why, and make the page that says so."""
     told = {"stage": stage, "why": str(error), "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")}

@@ -132,9 +132,9 @@ class MonthRun:
         return manifest
 
 
-def prepare(config: Config, month: str) -> MonthRun:
+def prepare(config: Config, month: str, contract: Contract | None = None) -> MonthRun:
     """Look at the month and settle its run; the run's `inputs.json` is created now unless it is there already. Raises as `derive`."""
-    run, inputs, images = derive(config, month)
+    run, inputs, images = derive(config, month, contract)
     if run.storage.read_json(f"{run.folder}/inputs.json") is None:
         batches = images.to_batches(BATCH_ROWS) or [pa.RecordBatch.from_pylist([], LISTING)]
         written = write_parquet(run.storage, run.folder, "images", batches)
@@ -206,6 +206,12 @@ def kept(config: Config, month: str, id: str) -> MonthRun:
             "of one that an earlier version made is to be run again"
         ) from None
     return MonthRun(storage, contract, config, month, id, (), None, None)
+
+
+def published_contract(config: Config, month: str) -> Contract | None:
+    """The contract that the month was last published with, where the settings name none; None where it never was. Raises as `kept`."""
+    noted = lake.publications(open_storage(config.lake), month)
+    return kept(config, month, noted[-1].run).contract if noted and not config.contract else None
 
 
 def _images(storage: Storage, prefix: str) -> pa.Table:

@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import threading
 from collections import Counter
 from collections.abc import Iterable
 from zlib import crc32
@@ -65,20 +66,29 @@ def write_file(path: pathlib.Path, parts: Iterable[tuple[np.ndarray, pa.Array]],
     return len(rows)
 
 
+class _Buffer(threading.local):
+    def __init__(self) -> None:
+        self.data = io.BytesIO()
+
+
+_buffer = _Buffer()
+
+
 def _collect(parts: Iterable[tuple[np.ndarray, pa.Array]]) -> tuple[np.ndarray, pa.Array]:
     """All parts as one, with 64-bit offsets, for a shard can have more than 2 GiB.
 
-    In one buffer that grows: memory that is new to the process costs as much as all that is done with it here, so parts should be small
-    enough for the allocator to use theirs again.
+    In one buffer of the thread, for one shard after the other: memory that is new to the process costs as much as all that is done with
+    it here. Parts should be small enough for the allocator to use theirs again.
     """
-    data, numbers, sizes = io.BytesIO(), [np.empty(0, np.uint32)], [np.zeros(1, np.int64)]
+    data, numbers, sizes = _buffer.data, [np.empty(0, np.uint32)], [np.zeros(1, np.int64)]
+    data.seek(0)
     for of_part, rows in parts:
         offsets = np.frombuffer(rows.buffers()[1], np.int32, len(rows) + 1, rows.offset * 4)
         data.write((rows.buffers()[2] or b"")[int(offsets[0]) : int(offsets[-1])])
         numbers.append(of_part)
         sizes.append(np.diff(offsets))
     starts = np.cumsum(np.concatenate(sizes))
-    buffers = [None, pa.py_buffer(starts), pa.py_buffer(data.getbuffer())]
+    buffers = [None, pa.py_buffer(starts), pa.py_buffer(data.getbuffer()[: data.tell()])]
     return np.concatenate(numbers), pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(starts) - 1, buffers)
 
 

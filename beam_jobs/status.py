@@ -14,7 +14,7 @@ from typing import Any
 
 from beam_jobs.config import Config
 from beam_jobs.jobs import Jobs
-from beam_jobs.run import StageError, derive, kept
+from beam_jobs.run import StageError, derive, published_contract
 from schemas import lake
 from schemas.lake import Champion, Current, Publication
 from schemas.storage import Storage, open_storage
@@ -114,7 +114,7 @@ def _server(url: str) -> Said:
 def _due(config: Config, storage: Storage, noted: Publication) -> list[str]:
     """Whether the month's inputs now make another run than the one published, and which of them changed."""
     try:
-        run, inputs, _ = derive(config, noted.month, None if config.contract else kept(config, noted.month, noted.run).contract)
+        run, inputs, _ = derive(config, noted.month, published_contract(config, noted.month))
     except StageError as error:
         return [f"whether {noted.month} changed since cannot be told: {error}"]
     if run.id == noted.run:

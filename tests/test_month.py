@@ -169,3 +169,12 @@ def test_a_run_that_is_published_again_is_what_is_there(cloud: dict[str, str], t
     rows = client.query(f"SELECT month, device, COUNT(*) AS n FROM `{dataset}.scores` GROUP BY month, device ORDER BY device").result()
     found = [(row["month"], row["device"]) for row in rows]
     assert found == [(datetime.date(2026, 8, 1), "a"), (datetime.date(2026, 8, 1), "b")]
+
+    def status() -> str:
+        return str(storage.read_json(f"{lake.run_folder(AUGUST, seen[0])}/report.json")["status"])
+
+    # Its page said that another was published in its place; a contract is not asked for again.
+    assert main(["report", seen[0], "--lake", storage.uri]) == 0 and status() == "replaced"
+    assert main(["rollback", AUGUST, "--to", seen[0], "--lake", storage.uri]) == 0 and status() == "published"
+    assert main(["publish", AUGUST, "--lake", storage.uri, "--dataset", dataset]) == 0
+    assert lake.publications(storage, AUGUST)[-1].run == seen[0]
