@@ -29,12 +29,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 
-import numpy as np
-import pyarrow as pa
-
 TOP = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TOP), str(TOP / "tests")]
 
+import beam_jobs  # noqa: E402, F401  Before Arrow, whose allocator it sets up.
+
+# isort: split
+import numpy as np  # noqa: E402
+import pyarrow as pa  # noqa: E402
 from served import eventually, serving  # noqa: E402
 
 from beam_jobs import lookup  # noqa: E402
