@@ -72,8 +72,8 @@ def write_shard(unit: Unit, storage: Storage, folder: str, shards: int) -> Recei
     name = shard_name(unit.shard, shards)
     with tempfile.TemporaryDirectory(prefix="adstocrat-") as temporary:
         path = pathlib.Path(temporary) / "shard"
-        rows = write_file(path, records_of(unit, storage), shards)
-        file, checksum = upload(storage, path, lake.unique(folder, name, ".shard"))
+        rows, checksum = write_file(path, records_of(unit, storage), shards)
+        file, _ = upload(storage, path, lake.unique(folder, name, ".shard"), checksum)
     return Receipt(name, file, rows, {"entries": rows}, checksum)
 
 

@@ -1,6 +1,7 @@
 """A shard of the lookup table, written as `serving.shard` reads it: rows by the bucket of their key, each as ready JSON."""
 
 import io
+import itertools
 import json
 import pathlib
 import threading
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from schemas.storage import write_checked
 from serving.shard import END, HEADER, KEY_END, MAGIC
 
 CHUNK_ROWS = 16_384
@@ -33,7 +35,7 @@ def records(batch: pa.RecordBatch) -> pa.Array:
     return pc.binary_join_element_wise(*(pa.scalar(p) if isinstance(p, bytes) else p.cast(pa.binary()) for p in pieces))
 
 
-def write_file(path: pathlib.Path, parts: Iterable[tuple[np.ndarray, pa.Array]], shards: int) -> int:
+def write_file(path: pathlib.Path, parts: Iterable[tuple[np.ndarray, pa.Array]], shards: int) -> tuple[int, str]:
     """Write one shard.
 
     Args:
@@ -42,7 +44,7 @@ def write_file(path: pathlib.Path, parts: Iterable[tuple[np.ndarray, pa.Array]],
         shards: of the whole table.
 
     Returns:
-        Rows written.
+        Rows written, and the file's crc32c.
 
     Raises:
         ValueError: a key is empty or repeats; names it.
@@ -57,13 +59,9 @@ def write_file(path: pathlib.Path, parts: Iterable[tuple[np.ndarray, pa.Array]],
     index_end = HEADER.size + 8 * (buckets + 1)
     ends = np.concatenate([[0], np.cumsum(sizes[order])]) + index_end + len(END)
     first = np.concatenate([[0], np.cumsum(np.bincount(bucket, minlength=buckets))])  # Row of each bucket.
-    with path.open("wb") as stream:
-        stream.write(HEADER.pack(MAGIC, len(rows), buckets, int(ends[-1])))
-        stream.write(ends[first].astype("<u8").tobytes())
-        stream.write(END)
-        for at in range(0, len(rows), CHUNK_ROWS):
-            stream.write(rows.take(pa.array(order[at : at + CHUNK_ROWS])).buffers()[2])
-    return len(rows)
+    head = HEADER.pack(MAGIC, len(rows), buckets, int(ends[-1])) + ends[first].astype("<u8").tobytes() + END
+    parts = (rows.take(pa.array(order[at : at + CHUNK_ROWS])).buffers()[2] for at in range(0, len(rows), CHUNK_ROWS))
+    return len(rows), write_checked(path, itertools.chain([head], parts))
 
 
 class _Buffer(threading.local):
@@ -95,9 +93,10 @@ def _collect(parts: Iterable[tuple[np.ndarray, pa.Array]]) -> tuple[np.ndarray, 
 def _check(numbers: np.ndarray, rows: pa.Array) -> None:
     if pc.any(pc.starts_with(rows, KEY_END)).as_py():
         raise ValueError("a key is empty; expected 1 to 500 bytes")
-    ordered = np.sort(numbers)
     # Keys that repeat have the same number; few others do.
-    suspects = rows.filter(pa.array(np.isin(numbers, ordered[1:][ordered[1:] == ordered[:-1]]))).to_pylist()
+    ordered = np.sort(numbers.astype(np.uint64) << 32 | np.arange(len(rows), dtype=np.uint64))
+    same = np.flatnonzero(ordered[1:] >> 32 == ordered[:-1] >> 32)
+    suspects = rows.take(pa.array(np.unique(ordered[np.concatenate([same, same + 1])] & 0xFFFFFFFF))).to_pylist()
     (key, times), *_ = Counter(record.partition(KEY_END)[0] for record in suspects).most_common(1) or [(b"", 1)]
     if times > 1:
         raise ValueError(f"key {key.decode()!r} repeats; expected keys that are unique in a month")
@@ -109,8 +108,8 @@ def is_plain(column: pa.Array) -> bool:
         return False
     offsets = np.frombuffer(column.buffers()[1], np.int32, len(column) + 1, column.offset * 4)
     # Byte by byte, since in UTF-8 those of other characters are none of these.
-    data = np.frombuffer(column.buffers()[2] or b"", np.uint8)[offsets[0] : offsets[-1]]
-    return not ((data < 0x20) | (data == ord('"')) | (data == ord("\\"))).any()
+    data = bytes((column.buffers()[2] or b"")[int(offsets[0]) : int(offsets[-1])])
+    return not (b'"' in data or b"\\" in data or (data and np.frombuffer(data, np.uint8).min() < 0x20))
 
 
 def json_values(column: pa.Array) -> pa.Array:

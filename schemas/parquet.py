@@ -60,9 +60,9 @@ def _repeating(batch: pa.RecordBatch) -> list[str]:
     return [name for name in plain if 2 * len(pc.unique(heads[name])) <= len(heads[name])]
 
 
-def upload(storage: Storage, path: pathlib.Path, name: str) -> tuple[str, str]:
-    """Put a finished local file into the lake: (name, crc32c)."""
-    checksum = crc32c_of_file(path)
+def upload(storage: Storage, path: pathlib.Path, name: str, checksum: str = "") -> tuple[str, str]:
+    """Put a finished local file, whose checksum may be known, into the lake: (name, crc32c)."""
+    checksum = checksum or crc32c_of_file(path)
     storage.upload(path, name)
     return name, checksum
 

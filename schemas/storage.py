@@ -19,7 +19,7 @@ import pathlib
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, TypeVar
 
@@ -135,6 +135,18 @@ def crc32c_of_file(path: pathlib.Path) -> str:
     with path.open("rb") as stream:
         for _ in checksum.consume(stream, STREAM_CHUNK):
             pass
+    return base64.b64encode(checksum.digest()).decode()
+
+
+def write_checked(path: pathlib.Path, parts: Iterable[Any]) -> str:
+    """Write a file and tell its checksum, as `crc32c` does, while its parts are in the caches."""
+    import google_crc32c
+
+    checksum = google_crc32c.Checksum()
+    with path.open("wb") as stream:
+        for part in parts:
+            stream.write(part)
+            checksum.update(part)
     return base64.b64encode(checksum.digest()).decode()
 
 

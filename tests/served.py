@@ -47,7 +47,9 @@ def row(key: str, p_click: float = 0.0123) -> bytes:
 
 def write_shard(path: pathlib.Path, keys: list[str], values: list[bytes], shards: int = 1) -> int:
     records = [key.encode() + KEY_END + value + END for key, value in zip(keys, values, strict=True)]
-    return write_file(path, [(key_numbers(pa.array(keys, pa.string())), pa.array(records, pa.binary()))], shards)
+    rows, checksum = write_file(path, [(key_numbers(pa.array(keys, pa.string())), pa.array(records, pa.binary()))], shards)
+    assert checksum == crc32c(path.read_bytes())
+    return rows
 
 
 def publish(
