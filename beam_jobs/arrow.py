@@ -20,9 +20,10 @@ from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
 from schemas import lake
+from schemas.checksum import crc32c
 from schemas.lake import Manifest, Receipt
 from schemas.parquet import BATCH_ROWS, ParquetFile, upload
-from schemas.storage import Storage, crc32c
+from schemas.storage import Storage
 
 # A spill is written when it holds this much, while the next fills; its sections are what a shard reads by range later, so bigger means
 # fewer reads.

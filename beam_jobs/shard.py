@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from schemas.storage import write_checked
+from schemas.checksum import write_checked
 from serving.shard import END, HEADER, KEY_END, MAGIC
 
 CHUNK_ROWS = 16_384

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from schemas import lake
+from schemas.checksum import crc32c
 from schemas.lake import Manifest, Receipt
-from schemas.storage import Storage, crc32c
+from schemas.storage import Storage
 
 _PACKAGES = ("apache-beam", "keras", "numpy", "pyarrow", "tensorflow")
 

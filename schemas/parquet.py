@@ -9,9 +9,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from schemas import lake
+from schemas.checksum import crc32c_of_file
 from schemas.lake import Receipt
 from schemas.retries import take_retries
-from schemas.storage import Storage, crc32c_of_file
+from schemas.storage import Storage
 
 BATCH_ROWS = 65_536
 # Rows that show whether a column's values repeat.

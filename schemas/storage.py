@@ -6,7 +6,6 @@ are used, once a process.
 """
 
 import abc
-import base64
 import contextlib
 import dataclasses
 import fcntl
@@ -19,10 +18,11 @@ import pathlib
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, TypeVar
 
+from schemas.checksum import crc32c_of_file
 from schemas.listing import Entry, list_all
 from schemas.retries import READ_TIMEOUT, again, ask, told
 from schemas.retries import client as _client
@@ -118,36 +118,6 @@ def open_storage(uri: str) -> Storage:
     if "://" in uri:
         raise ValueError(f"{uri!r} has an unknown scheme; expected gs://bucket[/prefix] or a folder")
     return Folder(os.path.abspath(os.path.expanduser(uri)))
-
-
-def crc32c(data: bytes) -> str:
-    """Base64 of the big-endian CRC32C, as Google Cloud Storage reports it."""
-    import google_crc32c
-
-    return base64.b64encode(google_crc32c.value(data).to_bytes(4, "big")).decode()
-
-
-def crc32c_of_file(path: pathlib.Path) -> str:
-    """As `crc32c`, of a file that need not fit in memory."""
-    import google_crc32c
-
-    checksum = google_crc32c.Checksum()
-    with path.open("rb") as stream:
-        for _ in checksum.consume(stream, STREAM_CHUNK):
-            pass
-    return base64.b64encode(checksum.digest()).decode()
-
-
-def write_checked(path: pathlib.Path, parts: Iterable[Any]) -> str:
-    """Write a file and tell its checksum, as `crc32c` does, while its parts are in the caches."""
-    import google_crc32c
-
-    checksum = google_crc32c.Checksum()
-    with path.open("wb") as stream:
-        for part in parts:
-            stream.write(part)
-            checksum.update(part)
-    return base64.b64encode(checksum.digest()).decode()
 
 
 def _linked(path: pathlib.Path, name: pathlib.Path) -> bool:

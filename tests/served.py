@@ -16,8 +16,9 @@ from typing import Any
 import pyarrow as pa
 
 from beam_jobs.shard import key_numbers, write_file
+from schemas.checksum import crc32c
 from schemas.lake import Current, Manifest, Receipt, commit, read_manifest
-from schemas.storage import Folder, Storage, crc32c
+from schemas.storage import Folder, Storage
 from serving.shard import END, KEY_END, shard_name, shard_of
 
 ODD_KEYS = [

@@ -33,9 +33,10 @@ from model.features import Features
 from model.images import thumbnail
 from schemas import contract as contracts
 from schemas import lake
+from schemas.checksum import crc32c
 from schemas.lake import Champion, Current
 from schemas.sample import write_months
-from schemas.storage import Storage, crc32c, open_storage
+from schemas.storage import Storage, open_storage
 from serving.store import fetch
 
 MONTHS = ["2026-08", "2026-09", "2026-10"]

@@ -6,8 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from schemas.checksum import crc32c
 from schemas.parquet import BATCH_ROWS, read_parquet, write_parquet
-from schemas.storage import Storage, crc32c, open_storage
+from schemas.storage import Storage, open_storage
 
 SCHEMA = pa.schema([("key", pa.string()), ("n", pa.int64())])
 

@@ -16,10 +16,11 @@ from beam_jobs.run import LISTING, MonthRun, StageError, champion_before, earlie
 from model.registry import FORMAT
 from schemas import contract as contracts
 from schemas import lake
+from schemas.checksum import crc32c
 from schemas.lake import CHAMPION, Champion, Manifest, raw_ads, raw_images
 from schemas.parquet import read_parquet
 from schemas.sample import write_months
-from schemas.storage import Folder, Storage, crc32c, open_storage
+from schemas.storage import Folder, Storage, open_storage
 
 MONTH = "2026-10"
 ADS = {"a.csv": b"ad_id,bid\nx,1\n", "b.csv.gz": b"packed"}

@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from schemas.storage import Bucket, Entry, Folder, Storage, crc32c, open_storage
+from schemas.checksum import crc32c
+from schemas.storage import Bucket, Entry, Folder, Storage, open_storage
 
 OBJECTS = {
     "raw/ads/b.csv": b"12345",
