@@ -18,6 +18,7 @@ import pytest
 
 from beam_jobs import local_cloud
 from schemas import storage
+from schemas.checksum import crc32c
 
 RUN = "import pathlib, sys; from beam_jobs import local_cloud; sys.exit(local_cloud.run(pathlib.Path(sys.argv[1]), sys.argv[2:]))"
 
@@ -184,7 +185,7 @@ def test_the_bucket_gives_back_what_was_put(cloud: dict[str, str], tmp_path: pat
     contents = {"empty": b"", "lines": b"\r\n--\r\n\n\r", "with space/ü#?%": bytes(range(256)), "big": os.urandom(9 << 20)}
     for name, data in contents.items():
         lake.write(name, data)
-    entries = [storage.Entry(name, len(data), storage.crc32c(data)) for name, data in sorted(contents.items())]
+    entries = [storage.Entry(name, len(data), crc32c(data)) for name, data in sorted(contents.items())]
     assert lake.entries("") == entries
     for name, data in contents.items():
         assert lake.read(name) == data
