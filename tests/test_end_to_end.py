@@ -180,7 +180,7 @@ def test_every_month_is_watched(undisturbed: tuple[str, str, list[str]]) -> None
         ]
         assert output.splitlines().count(f"  ! {drifted['alarms'][0]}" if drifted["alarms"] else "") == bool(drifted["alarms"])
         if before is None:
-            assert not told["rows"] and not drifted["compared"] and moved is None
+            assert not told["rows"] and not drifted["compared"] and moved == {}
             continue
         assert {row["kind"] for row in drifted["compared"]} == set(drift.KINDS) and told["run"] == runs[before]
         assert moved["sentence"] in output and moved["this"] / moved["last"] - 1 == pytest.approx(moved["mix"] + moved["model"])
