@@ -91,12 +91,12 @@ def write(run: MonthRun) -> Summary:
 
 
 def refresh(run: MonthRun) -> None:
-    """Make the page of a run again if the run is not what it says, and that of all runs."""
+    """Make the page of a run again if there is one and the run is not what it says; and that of all runs."""
     made = read(run.storage, run.month, run.id)
-    if made and made.status == verdict(run)[0]:
-        write_index(run.storage)
-    else:
+    if made and made.status != verdict(run)[0]:
         write(run)
+    else:
+        write_index(run.storage)
 
 
 def stopped(run: MonthRun, stage: str, error: StageError) -> Summary:
