@@ -128,7 +128,7 @@ def test_flags_win_over_the_file_and_what_follows_the_dashes_is_beam_s(monkeypat
     (tmp_path / "month.yaml").write_text("lake: ./from-file\nseed: 3\nfetch_threads: 5\n")
     prepared: list[Config] = []
     launched: list[list[str]] = []
-    monkeypatch.setattr("beam_jobs.run.prepare", lambda config, month: prepared.append(config))
+    monkeypatch.setattr("beam_jobs.run.prepare", lambda config, *_: prepared.append(config))
     monkeypatch.setattr("beam_jobs.month.run_month", lambda run, flags: launched.append(flags))
     monkeypatch.setattr("beam_jobs.terminal.tell_run", lambda *_: None)
     flags = ["--config", str(tmp_path / "month.yaml"), "--seed", "4", "--window-months=2"]
@@ -140,7 +140,7 @@ def test_flags_win_over_the_file_and_what_follows_the_dashes_is_beam_s(monkeypat
 @pytest.mark.parametrize("stage", cli._STAGES)
 def test_a_stage_s_command_runs_that_stage_alone(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     ran: list[str] = []
-    monkeypatch.setattr("beam_jobs.run.prepare", lambda config, month: None)
+    monkeypatch.setattr("beam_jobs.run.prepare", lambda *_: None)
     monkeypatch.setattr("beam_jobs.month.run_stage", lambda stage, run, flags: ran.append(stage.name))
     assert run(stage, "2026-10", "--lake", "./a") == 0
     assert ran == [stage]
