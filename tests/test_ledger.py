@@ -31,6 +31,7 @@ def keys(start: int, rows: int) -> list[pa.RecordBatch]:
 
 def lookup_shard(storage: Folder, shard: int, start: int, rows: int) -> Receipt:
     path = pathlib.Path(storage.uri) / "local.shard"
+    path.unlink(missing_ok=True)  # What was uploaded before may be the same file.
     written = write_shard(path, [f"k{i:04d}" for i in range(start, start + rows)], [b'{"key":1}'] * rows)
     file, checksum = upload(storage, path, lake.unique("lookup", "shard", ".shard"))
     return Receipt(shard_name(shard, 2), file, written, {"entries": written}, checksum)
