@@ -111,7 +111,7 @@ def read(run: MonthRun, before: Month | None = None) -> tuple[Month, Moved | Non
         for name in of_groups.keys() & groups.keys():
             groups[name].append(_summed(table.append_column("value", of_groups[name]), "value", [("creative", "first")]))
             if sum(map(len, groups[name])) > _GROUPS_HELD:
-                groups[name] = [_compacted(groups[name])]
+                groups[name] = [_compacted(groups[name], "value")]
                 if 2 * len(groups[name][0]) > _GROUPS_HELD:
                     del groups[name]  # Too many to hold.
         hashes = hash64_column(batch["key"])
@@ -132,8 +132,8 @@ def read(run: MonthRun, before: Month | None = None) -> tuple[Month, Moved | Non
         total / scores.rows,
         histogram,
         evidence,
-        _merged(creatives, "creative", {"evidence_creative_max": ("max", "evidence"), "key_first": ("first", "key")}),
-        {name: _merged(tables, "value", {"creative_first": ("first", "creative")}) for name, tables in groups.items() if tables},
+        _merged(creatives, "creative", {"evidence_creative_max": "evidence", "key_first": "key"}),
+        {name: _merged(tables, "value", {"creative_first": "creative"}) for name, tables in groups.items() if tables},
         hashes[order],
         probabilities[order],
         step,
@@ -179,23 +179,22 @@ def _summed(table: pa.Table, by: str, more: Sequence[tuple[str, str]]) -> pa.Tab
     return table.group_by(by, use_threads=False).aggregate([("p_click", "count"), ("p_click", "sum"), *more])
 
 
-def _compacted(tables: list[pa.Table]) -> pa.Table:
-    """Several parts as one."""
-    whole, names = pa.concat_tables(tables), tables[0].column_names
-    found = whole.group_by("value", use_threads=False).aggregate(
-        [(n, "first" if n.endswith("_first") else "sum") for n in names if n != "value"]
-    )
-    return found.rename_columns([name if name == "value" else name.rpartition("_")[0] for name in found.column_names]).select(names)
+def _compacted(tables: list[pa.Table], by: str) -> pa.Table:
+    """Several parts of `_summed` as one: counts and sums add up, the first and the greatest stay what they are."""
+    columns = [name for name in tables[0].column_names if name != by]
+    kept = {name: suffix for name in columns if (suffix := name.rpartition("_")[2]) in ("first", "max")}
+    how = [(name, kept.get(name, "sum")) for name in columns]
+    found = pa.concat_tables(tables).group_by(by, use_threads=False).aggregate(how)
+    return found.select([by, *map("_".join, how)]).rename_columns([by, *columns])
 
 
-def _merged(tables: list[pa.Table], by: str, more: Mapping[str, tuple[str, str]]) -> pa.Table:
-    """The parts as one table, by `by`: `ads`, `mean`, and of the parts' columns what `more` says, each by (function, new name)."""
-    wanted = [("p_click_count", "sum"), ("p_click_sum", "sum"), *((name, function) for name, (function, _) in more.items())]
-    table = pa.concat_tables(tables).group_by(by, use_threads=False).aggregate(wanted)
+def _merged(tables: list[pa.Table], by: str, named: Mapping[str, str]) -> pa.Table:
+    """The parts as one table, by `by`: `ads`, `mean`, and of the parts' columns those that `named` has, under the names it gives."""
+    table = _compacted(tables, by)
     table = table.filter(pc.is_valid(table[by]))
-    named = {new: table[f"{name}_{function}"] for name, (function, new) in more.items()}
-    ads = table["p_click_count_sum"]
-    return pa.table({by: table[by], "ads": ads, "mean": pc.divide(table["p_click_sum_sum"], ads.cast(pa.float64())), **named})
+    ads = table["p_click_count"]
+    more = {new: table[name] for name, new in named.items()}
+    return pa.table({by: table[by], "ads": ads, "mean": pc.divide(table["p_click_sum"], ads.cast(pa.float64())), **more})
 
 
 def _extremes(table: pa.Table, chosen: np.ndarray, before: np.ndarray) -> pa.Table:

@@ -14,10 +14,9 @@ import time
 import urllib.error
 import urllib.request
 
-from bench import harness
+from bench import harness, lakes
 from bench.harness import ADSTOCRAT, Bar
 
-MONTH = "2026-08"
 _HEAVY = ("tensorflow", "keras", "apache_beam", "google.cloud.bigquery")
 # The command as `python -m` runs it, and then what it had to import.
 _IMPORTED = f"""
@@ -53,12 +52,8 @@ def ready(lake: pathlib.Path, cache: pathlib.Path) -> float:
 
 
 def bench(flags: argparse.Namespace) -> None:
-    lake = flags.work / "small"
-    if not (lake / "lookup" / "CURRENT").exists():
-        sample = ["sample-data", str(lake), "--months", f"{MONTH}:{MONTH}", "--ads", "20000", "--creatives", "500"]
-        harness.measured([*ADSTOCRAT, *sample])
-        harness.measured([*ADSTOCRAT, "month", MONTH, "--lake", str(lake)])
-    month = ["month", MONTH, "--lake", str(lake)]
+    lake = lakes.month_lake(flags.work, 20_000, 500)
+    month = ["month", lakes.MONTH, "--lake", str(lake)]
     told = subprocess.run([sys.executable, "-c", _IMPORTED, *month], check=True, capture_output=True, text=True).stdout
     imported = told.splitlines()[-1]
     found: dict[str, list[float]] = {"help": [], "month": [], "serve": []}
