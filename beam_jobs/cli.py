@@ -6,7 +6,7 @@ import logging
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from beam_jobs import terminal
@@ -27,6 +27,8 @@ one's own data: put CSV files in LAKE/raw/2026-10/ads/ and images in LAKE/raw/20
 
 `adstocrat COMMAND --help` tells more of each."""
 _STAGES = ("ingest", "creatives", "realised", "encoder", "embed", "drift", "train", "evaluate", "score", "lookup", "publish")
+# The settings that matter to commands which look at what is there.
+_WHERE = ("lake", "dataset", "bigquery_location", "max_bytes_billed")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,11 +127,11 @@ def _parser() -> tuple[Parser, Any]:
     )
 
     rollback = commands.add_parser("rollback", help="make an earlier run of a month current again")
-    _add_run_flags(rollback, _rollback)
+    _add_run_flags(rollback, _rollback, _WHERE)
     rollback.add_argument("--to", metavar="RUN", help="default: the last one published that is not current")
     rollback.add_argument("--keep-model", action="store_true", help="leave the champion, which the next month builds on")
     status = commands.add_parser("status", help="what BigQuery, the pointers and servers say is published; 3 where they differ")
-    add_settings(status, _status)
+    add_settings(status, _status, _WHERE)
     status.add_argument(
         "--url", nargs="+", default=[], help="servers to ask, such as http://localhost:8080; ADSTOCRAT_TOKEN is sent if set"
     )
@@ -137,7 +139,7 @@ def _parser() -> tuple[Parser, Any]:
     report = commands.add_parser("report", help="make the page of a run again, and the one of all runs")
     report.add_argument("id", metavar="RUN")
     report.add_argument("--open", action="store_true", help="show it in a browser")
-    add_settings(report, _report)
+    add_settings(report, _report, _WHERE)
     runs = commands.add_parser("runs", help="list the runs of a lake")
     runs.set_defaults(run=_runs)
     show = commands.add_parser("show", help="a run's inputs, verdict and ledger, as JSON")
@@ -177,9 +179,9 @@ def _parser() -> tuple[Parser, Any]:
     return parser, commands
 
 
-def _add_run_flags(parser: argparse.ArgumentParser, run: Any) -> None:
+def _add_run_flags(parser: argparse.ArgumentParser, run: Any, told: Collection[str] = ()) -> None:
     parser.add_argument("month", metavar="YYYY-MM")
-    add_settings(parser, run)
+    add_settings(parser, run, told)
 
 
 def _config(arguments: argparse.Namespace) -> Config:

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import types
 import typing
+from collections.abc import Collection
 from typing import Any, NoReturn
 
 from beam_jobs.config import Config, suggestion
@@ -26,28 +27,31 @@ class Parser(argparse.ArgumentParser):
         return [name for action in self._actions for name in action.option_strings]
 
 
-def add_settings(parser: argparse.ArgumentParser, run: Any) -> None:
-    """A flag for each setting."""
+def add_settings(parser: argparse.ArgumentParser, run: Any, told: Collection[str] = ()) -> None:
+    """A flag for each setting; where only some matter these are `told`, and the others are taken all the same."""
     parser.add_argument("--config", metavar="FILE", help="settings in YAML, one `name: value` a line; flags win")
     for field in dataclasses.fields(Config):
-        add_setting(parser, field.name)
+        add_setting(parser, field.name, not told or field.name in told)
+    if told:
+        parser.epilog = "The settings of `adstocrat month` are taken too, so that one --config serves all commands."
     parser.set_defaults(run=run)
 
 
-def add_setting(parser: argparse.ArgumentParser, name: str) -> None:
-    """A flag for one setting."""
+def add_setting(parser: argparse.ArgumentParser, name: str, told: bool = True) -> None:
+    """A flag for one setting; in the help if it is `told`."""
     field = next(field for field in dataclasses.fields(Config) if field.name == name)
     kind = typing.get_type_hints(Config)[name]
     if isinstance(kind, types.UnionType):
         kind = next(option for option in typing.get_args(kind) if option is not type(None))
-    flag, text = f"--{name.replace('_', '-')}", field.metadata["help"]
+    flag, text = f"--{name.replace('_', '-')}", field.metadata["help"] if told else argparse.SUPPRESS
     if field.default is False:
         parser.add_argument(flag, action="store_const", const=True, help=text)
         return
     if field.default == ():
         parser.add_argument(flag, action="append", metavar="TEXT", help=text)
         return
-    text += "" if field.default in (dataclasses.MISSING, None) else f" (default: {field.default})"
+    if field.default not in (dataclasses.MISSING, None, "") and told:
+        text += f" (default: {field.default})"
     read = _true_or_false if kind is bool else kind
     parser.add_argument(flag, type=read, metavar=kind.__name__.upper(), help=text)
 

