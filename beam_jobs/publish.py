@@ -20,7 +20,7 @@ from schemas.storage import open_storage
 
 log = logging.getLogger("adstocrat")
 
-# Audits of what changes from month to month; what a rollback goes back to was let through before.
+# Audits of what changes from month to month; a run that was published before, or is gone back to, was let through then.
 _CHANGES = ("change_mean", "change_segments")
 _STAGES = ("rows", "creatives", "evaluation", "scores", "lookup")
 
@@ -80,7 +80,7 @@ def rollback(config: Config, month: str, to: str | None, keep_model: bool) -> Mo
 
 
 def _make_current(run: MonthRun, back: bool = False, keep_model: bool = False) -> None:
-    """Have the run published, all of its rows counted before; `back` to it, the service is first and changes are not audited."""
+    """Have the run published, all of its rows counted before; `back` to it, the service comes first."""
     counts = ledger.take(run)["counts"]
     evaluation, scores = run.manifest(run.stage("evaluation"), "evaluate"), run.manifest(run.stage("scores"), "score")
     current = Current(run.month, run.id)
@@ -102,8 +102,10 @@ def _make_current(run: MonthRun, back: bool = False, keep_model: bool = False) -
         }
         realised = lake.read_manifest(run.storage, run.stage("realised"))
         judged = [*evaluation.files, *(realised.files if realised else [])]
+        let_through = back or any(note.run == run.id for note in lake.publications(run.storage, run.month))
+        unaudited = _CHANGES if let_through else _CHANGES[:1] if run.config.accept_shift else ()
         files = {"scores": scores.files, "outcomes": outcomes.write(run).files, "quality": judged}
-        warehouse.replace_month(files, row, _CHANGES if back else _CHANGES[:1] if run.config.accept_shift else ())
+        warehouse.replace_month(files, row, unaudited)
         warehouse.check()
         log.info("  publish: %s.scores has %s rows of %s", run.config.dataset, f"{counts['ingested']:,}", run.month)
     else:

@@ -13,20 +13,18 @@ from beam_jobs import ledger, plots, report_scores
 from beam_jobs import report_sections as sections
 from beam_jobs.drift import headlines
 from beam_jobs.report import PUBLISHED, REPLACED, STOPPED, UNFINISHED, Number, Summary, read
-from beam_jobs.report_scores import LOW_EVIDENCE, Month
+from beam_jobs.report_scores import EXAMPLES, LOW_EVIDENCE, Month
 from beam_jobs.report_sections import TABLE_LINES, Cell, Chart, Table, number
 from beam_jobs.run import MonthRun, StageError, kept
 from beam_jobs.runs import all_runs
 from model.evaluation import OVERALL
 from model.gate import CANDIDATE, CHAMPION
-from model.images import OK, USABLE
+from model.images import MISSING, OK, USABLE
 from schemas import lake
 from schemas.lake import Current, Manifest
 from schemas.parquet import read_columns
 from schemas.storage import Storage
 
-# Of each fault.
-_EXAMPLES = 6
 INDEX = ["image", "creative", "image_status"]
 
 
@@ -56,7 +54,7 @@ def collect(run: MonthRun, status: str, verdict: str) -> dict[str, Any]:
     left, before = _Left.of(run), _before(run)
     scored, moved = report_scores.read(run, before) or (None, None)
     galleries = report_scores.galleries(scored.creatives) if scored else {}
-    faults, moves = _faults(left), sections.moved(moved, before) if moved and before else None
+    faults, moves = _faults(left, scored), sections.moved(moved, before) if moved and before else None
     tables = [*(moves["tables"] if moves else []), *([faults["examples"]] if faults else [])]
     wanted = {cell.creative for table in tables for row in table.rows for cell in row if cell.creative}
     wanted |= {row["creative"] for rows in galleries.values() for row in rows}
@@ -152,8 +150,8 @@ def _flow(left: _Left) -> list[dict]:
     return [{"name": "Delivered", "count": files, "share": None, "parts": [images]}, *steps]
 
 
-def _faults(left: _Left) -> dict | None:
-    """Images that could not be used, or only in part."""
+def _faults(left: _Left, scored: Month | None) -> dict | None:
+    """Images that could not be used, or only in part, and some that ads name and that were not delivered."""
     if not left.images:
         return None
     images, ads = left.images.counts("status:"), left.scores.counts("image_status:") if left.scores else {}
@@ -169,9 +167,11 @@ def _faults(left: _Left) -> dict | None:
     for batch in (batch for file in left.images.files for batch in read_columns(left.run.storage, file, INDEX)):
         for row in batch.filter(pc.not_equal(batch["image_status"], OK)).to_pylist():
             shown[row["image_status"]] += 1
-            if shown[row["image_status"]] <= _EXAMPLES:
+            if shown[row["image_status"]] <= EXAMPLES:
                 fault = Cell(row["image_status"], alarm=row["image_status"] not in USABLE)
                 examples.append([Cell(row["image"], creative=row["creative"]), fault])
+    for image, key in scored.missing.items() if scored else ():
+        examples.append([Cell(f"{image}, of the ad {key}"), Cell(MISSING, alarm=True)])
     columns = ("image_status", "images", "ads")
     return {"counts": Table("Images and ads by status", columns, counts), "examples": Table("Examples", ("image", "fault"), examples)}
 
@@ -259,7 +259,10 @@ def index(storage: Storage) -> dict:
             [
                 Cell(run.month, link=f"{run.month}/{run.id}/report.html" if summary else ""),
                 Cell(run.id),
-                Cell("current" if current == Current(run.month, run.id) else status, alarm=status == STOPPED),
+                Cell(
+                    "current" if current == Current(run.month, run.id) else status,
+                    alarm=status == STOPPED and current != Current(run.month, run.id),
+                ),
                 Cell(run.inputs["created"][:16]),
                 Cell(run.published[:16]),
                 *([Cell(number.value) for number in summary.numbers] if summary else [Cell("")] * 4),

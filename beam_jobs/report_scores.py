@@ -7,6 +7,7 @@ month a fixed share of all keys, the same in both months, is compared.
 import base64
 import dataclasses
 import io
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -27,7 +28,9 @@ from schemas.storage import Storage
 LOW_EVIDENCE = 100
 EDGES = np.logspace(-5, 0, 101)
 EVIDENCE = ("never shown", f"fewer than {LOW_EVIDENCE} impressions", f"{LOW_EVIDENCE} impressions or more")
-_COLUMNS = ["key", "p_click", "creative", "evidence_key", "evidence_creative"]
+_COLUMNS = ["key", "p_click", "creative", "image_status", "evidence_key", "evidence_creative"]
+# Of each fault.
+EXAMPLES = 6
 _KEYS_HELD = 8_000_000
 _MOVERS, _GALLERY, _GROUPS, _GROUPS_HELD = 8, 12, 2, 2_000_000
 # A group of fewer ads moves by chance.
@@ -46,6 +49,7 @@ class Month:
             either: float64 (3, 3).
         creatives: of each creative `ads`, `mean`, `evidence`, and an example of a `key`.
         groups: by column, of each value `ads`, `mean` and an example of a `creative`.
+        missing: some images that rows name and that are not there, with a row's key.
         hashes, probabilities: of the keys that are held, sorted by hash.
         step: one key in so many is held.
     """
@@ -57,6 +61,7 @@ class Month:
     evidence: np.ndarray
     creatives: pa.Table
     groups: dict[str, pa.Table]
+    missing: dict[str, str]
     hashes: np.ndarray
     probabilities: np.ndarray
     step: int
@@ -92,14 +97,15 @@ def read(run: MonthRun, before: Month | None = None) -> tuple[Month, Moved | Non
     scores, rows = (lake.read_manifest(run.storage, run.stage(stage)) for stage in ("scores", "rows"))
     if not scores or not scores.rows:
         return None
-    columns = grouping(run.contract)
+    columns, image = grouping(run.contract), run.contract.image
     # The same share in both months, and by the larger: what is held of one is looked for in the other.
     step = max(before.step if before else 1, -(-scores.rows // _KEYS_HELD))
     total, histogram, evidence = 0.0, np.zeros(len(EDGES) - 1, np.int64), np.zeros((3, 3))
     creatives, held, moved = [], [], []
     groups: dict[str, list[pa.Table]] = {name: [] for name in columns}
+    missing: dict[str, str] = {}
     both = compared = 0
-    for batch, of_groups in _batches(run.storage, scores, rows, columns):
+    for batch, of_rows in _batches(run.storage, scores, rows, [*columns, *([image.name] if image else [])]):
         p, known = batch["p_click"].to_numpy(), batch["evidence_key"].to_numpy()
         total += float(p.sum())
         histogram += np.histogram(p.clip(EDGES[0], EDGES[-1]), EDGES)[0]
@@ -108,12 +114,16 @@ def read(run: MonthRun, before: Month | None = None) -> tuple[Month, Moved | Non
         evidence += np.stack([np.bincount(classes, weights, 3) for weights in (np.ones(len(p)), p, unseen)], axis=1)
         table = pa.Table.from_batches([batch])
         creatives.append(_summed(table, "creative", [("evidence_creative", "max"), ("key", "first")]))
-        for name in of_groups.keys() & groups.keys():
-            groups[name].append(_summed(table.append_column("value", of_groups[name]), "value", [("creative", "first")]))
+        for name in of_rows.keys() & groups.keys():
+            groups[name].append(_summed(table.append_column("value", of_rows[name]), "value", [("creative", "first")]))
             if sum(map(len, groups[name])) > _GROUPS_HELD:
                 groups[name] = [_compacted(groups[name], "value")]
                 if 2 * len(groups[name][0]) > _GROUPS_HELD:
                     del groups[name]  # Too many to hold.
+        if image and image.name in of_rows and len(missing) < EXAMPLES:
+            absent = pc.equal(batch["image_status"], images.MISSING)
+            named = zip(of_rows[image.name].filter(absent).to_pylist(), batch["key"].filter(absent).to_pylist(), strict=True)
+            missing |= dict(itertools.islice(named, EXAMPLES))
         hashes = hash64_column(batch["key"])
         chosen = np.flatnonzero(hashes % np.uint64(step) == 0) if step > 1 else np.arange(len(hashes))
         held.append((hashes[chosen], p[chosen]))
@@ -134,6 +144,7 @@ def read(run: MonthRun, before: Month | None = None) -> tuple[Month, Moved | Non
         evidence,
         _merged(creatives, "creative", {"evidence_creative_max": "evidence", "key_first": "key"}),
         {name: _merged(tables, "value", {"creative_first": "creative"}) for name, tables in groups.items() if tables},
+        dict(itertools.islice(missing.items(), EXAMPLES)),
         hashes[order],
         probabilities[order],
         step,

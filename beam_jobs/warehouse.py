@@ -148,8 +148,9 @@ class Warehouse:
         }
         for name, audit in tables.statements("audits", values).items():
             if name not in unaudited and (offending := self._jobs.query(f"{audit.text} LIMIT {_SHOWN}", "audit")):
+                found = "; ".join(", ".join(f"{column} {value}" for column, value in row.items()) for row in offending)
                 raise StageError(
-                    f"audit {name} refused the scores of {month}, nothing is published; expected: {audit.description}; found {offending}"
+                    f"audit {name} refused the scores of {month}, nothing is published; expected: {audit.description}; found {found}"
                 )
 
     def _transaction(self, staging: Mapping[str, Any], row: Mapping[str, str | int | bool]) -> str:

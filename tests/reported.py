@@ -80,7 +80,8 @@ class World:
         shown = texts[creative]
         status = np.where(number % 50 == 0, "missing", "ok")
         no_picture = status == "missing"
-        rows = pa.table({"key": key, "advertiser": advertiser, "device": device})
+        image = pa.array([f"{HOSTILE}{i}.jpg" for i in creative])
+        rows = pa.table({"key": key, "advertiser": advertiser, "device": device, "image": image})
         same = {"month": datetime.date.fromisoformat(f"{month}-01"), "run_id": run.id, "encoder_version": "e", "model_version": run.version}
         own = {
             **{"key": key, "id": key, "device": device, "p_click": pa.array(columns["p"]), "image_status": pa.array(status)},

@@ -43,12 +43,21 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str
     assert f"usage: adstocrat {command}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["month", "train", "rollback", "status"])
+@pytest.mark.parametrize("command", ["month", "train"])
 def test_every_setting_is_a_flag(capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert run(command, "--help") == 0
     shown = capsys.readouterr().out
     for name in Config.__dataclass_fields__:
         assert f"--{name.replace('_', '-')}" in shown
+
+
+@pytest.mark.parametrize("command", ["rollback", "status", "report"])
+def test_commands_that_look_take_every_setting_and_tell_those_that_matter(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert run(command, "--help") == 0
+    shown = capsys.readouterr().out
+    assert "--dataset" in shown and "--max-ne-loss" not in shown and "are taken too" in shown
+    assert run(command, *(["2026-08"] if command != "status" else []), "--lake", "", "--max-ne-loss", "2") == 2
+    assert "max_ne_loss is 2.0; expected a number from 0 to 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,8 @@ def test_text_from_rows_is_shown_as_text(world: World, runs: tuple[MonthRun, Mon
     for where in ("header", "#gate", "#moved", "#creatives", "#faults", "#drift", "#realised", "#lineage"):
         shown = page.locator(where).inner_text()
         assert HOSTILE.replace("/", "" if where == "#lineage" else "/")[:60] in shown, where
+    missing = [row for row in page.locator("#faults tr").all_inner_texts() if row.endswith("missing") and ", of the ad " in row]
+    assert len(missing) == 6 and all(".jpg" in row for row in missing)
     # In charts too, cut where they are long; from the statistics of both months, where there are such.
     drawn = page.locator("#drift svg text").all_text_contents()
     assert f"{HOSTILE[:9]}…" in drawn and "adv1" in drawn and "! advertiser" in drawn and "median" in drawn
