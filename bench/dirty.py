@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import pathlib
-import re
 import shutil
 import statistics
 import subprocess
@@ -20,11 +19,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from bench.lakes import stage_seconds
 from schemas import csv_records, lake, rows
 from schemas.storage import Storage, open_storage
 
 MONTH = "2026-10"
-STAGE = re.compile(r"^(\w+) +.*?, ([\d.]+) s, peak memory", re.MULTILINE)
 # A clean row's fields, by the names of the sample's columns, made bad; a row too long is not among them: half a percent of those is no CSV.
 BAD: dict[str, Callable[[dict[str, bytes]], bytes]] = {
     rows.FIELD_COUNT: lambda row: b",".join(row.values()) + b",more",
@@ -82,7 +81,7 @@ def run(work: pathlib.Path, raw: pathlib.Path, round_: int) -> dict[str, float]:
     config.write_text("max_reject_share: 0.2\n")
     command = [sys.executable, "-m", "beam_jobs.cli", "month", MONTH, "--lake", str(target), "--config", str(config)]
     told = subprocess.run(command, check=True, capture_output=True, text=True)
-    seconds = {stage: float(value) for stage, value in STAGE.findall(told.stdout + told.stderr)}
+    seconds = stage_seconds(told.stdout + told.stderr)
     current = json.loads((target / "lookup" / "CURRENT").read_text())
     ledger = json.loads((target / "runs" / MONTH / current["run"] / "ledger.json").read_text())
     print(

@@ -125,7 +125,7 @@ def turn(flags: argparse.Namespace, side: str, cores: int | None = None, **other
 
 
 def measured(command: Sequence[str]) -> Turn:
-    """Run a command to its end.
+    """Run a command to its end; what it told is all that it `said`.
 
     Raises:
         RuntimeError: it failed; with what it said last.
@@ -139,11 +139,12 @@ def measured(command: Sequence[str]) -> Turn:
             with contextlib.suppress(psutil.TimeoutExpired):
                 child.wait(0.05)
         wall, after = time.monotonic() - started, os.times()
+        said.seek(0)
+        text = said.read()
         if child.returncode:
-            said.seek(0)
-            raise RuntimeError(f"{' '.join(command)} ended with {child.returncode}: {said.read()[-3000:]}")
+            raise RuntimeError(f"{' '.join(command)} ended with {child.returncode}: {text[-3000:]}")
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return Turn({}, wall, cpu, peak)
+    return Turn({"said": text}, wall, cpu, peak)
 
 
 def _resident(process: psutil.Process) -> int:

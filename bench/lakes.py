@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,13 @@ from bench.harness import ADSTOCRAT
 from model import registry
 
 MONTH = "2026-08"
+# What a stage says when it has run.
+_RAN = re.compile(r"^(\w+) +.*?, ([\d.]+) s, peak memory", re.MULTILINE)
+
+
+def stage_seconds(said: str) -> dict[str, float]:
+    """Seconds of each stage that a month, or one stage of it, says to have run: without Python's start and imports."""
+    return {stage: float(seconds) for stage, seconds in _RAN.findall(said)}
 
 
 def month_lake(work: pathlib.Path, ads: int, creatives: int) -> pathlib.Path:
