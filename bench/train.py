@@ -110,7 +110,7 @@ SIDES = {"ours": ours, "memory": memory}
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ads", type=int, default=2_000_000, help="rows (default: %(default)s)")
     parser.add_argument("--lake", type=pathlib.Path, help="a lake with a month that was run; default: one is made")
-    parser.add_argument("--epochs", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=3, help="default: %(default)s")
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def _sums(examples: Examples, found: Survey, columns: Any, levels: np.ndarray) -
     """
     names = ("clicks", "impressions", "expected")
     sums = None
-    for arrays, split, rows in labelled(examples, found, 0, np.random.default_rng(0), {}):
+    for arrays, split, rows in labelled(examples, found, 0):
         use = (split == splits.split_of_creatives(rows["creative"])) & rows["creative"].is_valid().to_numpy(zero_copy_only=False)
         logits = [logits_of(columns, part, levels) for part in minibatches([arrays], ranker.BATCH, 0, None)]
         expected = ranker.probabilities(np.concatenate(logits)[: len(rows)]) * arrays["impressions"]

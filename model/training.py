@@ -19,6 +19,7 @@ import pyarrow as pa
 from model import calibration, encoder, position, ranker, splits
 from model.descent import BESIDE, Descent, Progress, descend, deterministic, write
 from model.features import Arrays, Features, learnable, minibatches, month_of, outcomes
+from model.kept import Kept, raw_file
 from model.seen import UNKNOWN, hashes_of_rows
 from model.survey import Survey, survey
 from schemas.ahead import ahead
@@ -136,7 +137,7 @@ def train_ranker(
         model.get_layer("position_effect").set_weights([effects.astype(np.float32)[:, None]])
     slope, shift = calibration.fit(rest, hats @ _effects(model), clicks, impressions)
     # What is scored is the newest month, and months differ in height.
-    newest = labelled(lambda epoch: (b for b in examples(epoch) if month_of(b) == months[-1]), found, 0, np.random.default_rng(0), {})
+    newest = labelled(lambda epoch: (b for b in examples(epoch) if month_of(b) == months[-1]), found, 0)
     batches = itertools.islice(minibatches((arrays for arrays, _, _ in newest), ranker.BATCH, 0, None), position.MOST_ROWS // ranker.BATCH)
     rest, hats, clicks, impressions = _without_position(model, batches, levels)
     shift += calibration.height(slope * rest + shift, hats @ _effects(model), clicks, impressions)
@@ -197,7 +198,7 @@ def _by_key(
     model: Any, examples: Examples, found: Survey, levels: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
     """TRAIN and TUNE rows as `position.within_keys` wants them, without history: a key's has its earlier positions in it."""
-    for arrays, _, rows in labelled(examples, found, 0, np.random.default_rng(0), {}):
+    for arrays, _, rows in labelled(examples, found, 0):
         bare = {**arrays, "history": np.zeros_like(arrays["history"])}
         logits, *_ = _without_position(model, minibatches([bare], ranker.BATCH, 0, None), levels)
         yield hashes_of_rows(rows["key"], "key"), arrays["clicks"], arrays["impressions"], logits[: len(rows)], arrays["position"]
@@ -225,36 +226,38 @@ def logits_of(model: Any, batch: Arrays, levels: np.ndarray) -> np.ndarray:
     return np.asarray(model(inputs, training=False)["logit"].numpy()[:, 0] + levels[batch["month"]])
 
 
-def labelled(
-    examples: Examples, found: Survey, epoch: int, rng: np.random.Generator, replay: dict[int, float], negatives: float = 1.0
-) -> Iterator[tuple[Arrays, np.ndarray, pa.RecordBatch]]:
-    """Inputs, outcomes and month of the labelled TRAIN and TUNE rows at their own positions, which they are, and the rows.
-
-    Of the TRAIN rows of a month in `replay` only that share is taken, and weighs so much the more. Of their impressions without a click
-    only a share w, `negatives`, is taken. He et al. 2014 train on such rows, and turn the model's p into q = p / (p + (1 - p) / w). In
-    log-odds that is a shift by log w. It is made here, on the side of training: what is fitted to these rows is the model's log-odds less
-    log w (`offset`), so the model itself says q, and nobody can forget it.
-    """
+def labelled(examples: Examples, found: Survey, epoch: int) -> Iterator[tuple[Arrays, np.ndarray, pa.RecordBatch]]:
+    """Inputs, outcomes and month of the labelled TRAIN and TUNE rows at their own positions, which they are, and the rows."""
     months = sorted(found.months)
     for batch in examples(epoch):
         kept, split = learnable(batch)
         clicks, impressions = outcomes(kept, found.features.contract)
-        month, train = month_of(batch), split == splits.TRAIN
-        share = replay.get(month, 1.0)
-        use, offset = impressions > 0, np.zeros(len(kept), np.float32)
-        if share < 1:
-            use &= ~train | (rng.random(len(kept)) < share)
-        if negatives < 1:
-            drawn = rng.binomial((impressions - clicks).astype(np.int64), negatives).astype(np.float32)
-            impressions, offset = np.where(train, clicks + drawn, impressions), np.where(train, np.float32(-math.log(negatives)), offset)
-            use &= impressions > 0
-        if use.any():
+        if (use := impressions > 0).any():
             rows = kept.filter(pa.array(use))
             arrays = found.features.arrays(rows, at_reference=False)
-            place = np.full(len(kept), min(int(np.searchsorted(months, month)), len(months) - 1), np.int32)
-            weight = np.where(train, np.float32(1 / share), np.float32(1))
-            beside = {"clicks": clicks * weight, "impressions": impressions * weight, "offset": offset, "month": place}
-            yield {**arrays, **{name: array[use] for name, array in beside.items()}}, split[use], rows
+            place = np.full(len(rows), min(int(np.searchsorted(months, month_of(batch))), len(months) - 1), np.int32)
+            beside = {"clicks": clicks[use], "impressions": impressions[use], "offset": np.zeros(len(rows), np.float32), "month": place}
+            yield {**arrays, **beside}, split[use], rows
+
+
+def taken(arrays: Arrays, shares: np.ndarray, negatives: float, rng: np.random.Generator) -> Arrays:
+    """What an epoch learns of TRAIN rows.
+
+    Of each month that share of the rows is taken, by its place in `shares`, and weighs so much the more. Of the impressions without a click
+    only a share w, `negatives`, is taken. He et al. 2014 train on such rows, and turn the model's p into q = p / (p + (1 - p) / w). In
+    log-odds that is a shift by log w. It is made here, on the side of training: what is fitted to these rows is the model's log-odds less
+    log w (`offset`), so the model itself says q, and nobody can forget it.
+    """
+    if negatives == 1 and (shares == 1).all():
+        return arrays
+    clicks, impressions, share = arrays["clicks"], arrays["impressions"], shares[arrays["month"]]
+    use = rng.random(len(share)) < share
+    if negatives < 1:
+        impressions = clicks + rng.binomial((impressions - clicks).astype(np.int64), negatives).astype(np.float32)
+        use &= impressions > 0
+        arrays = {**arrays, "offset": np.full(len(share), -math.log(negatives), np.float32)}
+    arrays = {**arrays, "clicks": (clicks / share).astype(np.float32), "impressions": (impressions / share).astype(np.float32)}
+    return {name: array[use] for name, array in arrays.items()}
 
 
 def fit_rows(
@@ -283,9 +286,9 @@ def fit_rows(
     # Impressions of rows whose value of a column shares the id of those that found no room, by column; and of all rows.
     shared = np.zeros(len(found.features.buckets) + 1)
 
-    def train(epoch: int, rng: np.random.Generator) -> Iterator[Arrays]:
+    def train(epoch: int) -> Iterator[Arrays]:
         held = 0
-        for arrays, split, _ in labelled(examples, found, epoch, rng, replay, settings.negatives):
+        for arrays, split, _ in labelled(examples, found, epoch):
             if epoch == 0 and held < _TUNE_ROWS and (split == splits.TUNE).any():
                 tune.append({name: array[split == splits.TUNE] for name, array in arrays.items()})
                 held += len(tune[-1]["clicks"])
@@ -295,9 +298,12 @@ def fit_rows(
                 shared[:-1] += learnt["impressions"] @ (learnt["categorical"] == UNKNOWN) if len(shared) > 1 else 0.0
             yield learnt
 
-    def batches(epoch: int) -> Iterator[Arrays]:
+    shares = np.array([replay.get(month, 1.0) for month in sorted(found.months)])
+
+    def batches(kept: Kept, epoch: int) -> Iterator[Arrays]:
         rng = np.random.default_rng([seed, epoch])
-        for batch in minibatches(train(epoch, rng), size, _POOL_ROWS, rng):
+        blocks = kept.keep(train(epoch)) if epoch == 0 else kept.again(rng) or train(epoch)
+        for batch in minibatches((taken(block, shares, settings.negatives, rng) for block in blocks), size, _POOL_ROWS, rng):
             if "categorical" in batch:
                 batch["categorical"][rng.random(batch["categorical"].shape, np.float32) < settings.hidden_categories] = UNKNOWN
             if "embedding" in batch:
@@ -311,7 +317,9 @@ def fit_rows(
             tune[:] = minibatches(tune[:], ranker.BATCH, 0, None)
 
     descent = Descent(read, found.impressions, size, epochs, rate, settings.patience, ranker.PRECISIONS, levels)
-    told, levels = descend(model, lambda epoch: ahead(batches(epoch)), tune, descent, progress)
+    with raw_file() as file:
+        kept = Kept(file, found.rows)
+        told, levels = descend(model, lambda epoch: ahead(batches(kept, epoch)), tune, descent, progress)
     told |= {"values_sharing_an_id": float(shared[:-1].max(initial=0.0) / max(shared[-1], 1.0))}
     progress(f"values that share an id, in the column with the most: {told['values_sharing_an_id']:.2%} of impressions")
     return {"rows": found.rows, "clicks": found.clicks, "impressions": found.impressions, **told}, levels, tune
