@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import apache_beam as beam
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -25,9 +26,11 @@ from beam_jobs.run import MonthRun, StageError, source_digest
 from beam_jobs.workers import Listed, gpu_hints, on_gpu
 from model import golden, registry
 from model.leakage import LeakageError
+from model.seen import among
 from model.survey import NothingToLearnError
 from schemas import contract as contracts
 from schemas import lake
+from schemas.hashing import hash64_column
 from schemas.lake import Manifest
 from schemas.parquet import read_parquet
 
@@ -114,10 +117,11 @@ def thumbnails(run: MonthRun) -> Iterator[pa.RecordBatch]:
     """`creative` and `thumbnail` of the window's creatives, each once, in an order that depends on their content alone."""
     rows = [month_rows(run, month, id, None) for month, id in run.window]
     used = pa.chunked_array([creatives for month in rows for creatives in month.creatives()], pa.string())
-    wanted = pc.unique(used).drop_null()
+    wanted = np.unique(hash64_column(pc.unique(used).drop_null()))
     for pack in pack_files(run.storage):
         for batch in read_parquet(run.storage, pack, ["creative", "thumbnail"], _BATCH_THUMBNAILS):
-            found = batch.filter(pc.and_(batch["thumbnail"].is_valid(), pc.is_in(batch["creative"], wanted)))
+            there, _ = among(wanted, hash64_column(batch["creative"]))
+            found = batch.filter(pc.and_(batch["thumbnail"].is_valid(), pa.array(there)))
             if found.num_rows:
                 yield found
 

@@ -62,7 +62,7 @@ class Vocabulary:
         """int32 (rows,): MISSING for a null, UNKNOWN for a value that is not among them."""
         coded = texts(column)
         hashes = hashes_of(coded.dictionary, name)
-        known, place = found(self.hashes, hashes)
+        known, place = among(self.hashes, hashes)
         ids = np.where(known, self._ids[place] if len(self._ids) else UNKNOWN, UNKNOWN).astype(np.int32)
         # A null's index is filled with that of the entry behind the last.
         return np.append(ids, np.int32(MISSING))[pc.fill_null(coded.indices, len(ids)).to_numpy(zero_copy_only=False)]
@@ -98,7 +98,7 @@ class Tally:
     def of(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Clicks and impressions of each, 0 for one that is not there."""
         known, clicks, impressions = self.arrays
-        there, place = found(known, hashes)
+        there, place = among(known, hashes)
         return (np.where(there, clicks[place], 0), np.where(there, impressions[place], 0)) if len(known) else (there * 0.0, there * 0.0)
 
 
@@ -163,7 +163,7 @@ class History:
         return cls(tuple(plain["names"]), months, plain["base_rate"])
 
 
-def found(known: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def among(known: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Whether each of the wanted hashes is among the sorted known ones, and where."""
     place = np.minimum(np.searchsorted(known, wanted), max(len(known) - 1, 0))
     return (known[place] == wanted if len(known) else np.zeros(len(wanted), bool)), place
