@@ -1,10 +1,10 @@
 """Duplicate keys: of a month's rows of one key, the first by file name and row number stays, and the others are turned away.
 
-What is compared travels beside the rows: each row's `key`, its `origin`, and the `shard` that the row itself goes to. Origins are in the
+What is compared travels beside the rows: each row's `key`, its origin, and the shard that the row itself goes to. Origins are in the
 order of the files and of the rows in them: the part of a file that the row was read in, counted over the month, and its number there.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,9 @@ from schemas.hashing import hash64_column, shard_of_column
 from schemas.parquet import BATCH_ROWS
 from schemas.storage import Storage
 
-KEYED = pa.schema([("key", pa.string()), ("origin", pa.int64()), ("shard", pa.int32())])
+# Named as no column of a contract is.
+ORIGIN, SHARD = "adstocrat:origin", "adstocrat:shard"
+KEYED = pa.schema([("key", pa.string()), (ORIGIN, pa.int64()), (SHARD, pa.int32())])
 # Of an origin's 63 bits: rows of a part, up to 64 billion; the others say which part.
 _ROW_BITS = 36
 _ROWS_AT_ONCE = 1 << 20
@@ -25,14 +27,14 @@ def origins(part: int, rows: np.ndarray) -> pa.Array:
     return pa.array((part << _ROW_BITS) + rows.astype(np.int64))
 
 
-def keyed(rows: pa.RecordBatch, assign: Callable[[pa.RecordBatch], np.ndarray]) -> pa.RecordBatch:
-    """Rows' keys and origins, as `KEYED`; `assign` tells the shards of the rows."""
-    return pa.RecordBatch.from_arrays([rows["key"], rows["origin"], pa.array(assign(rows).astype(np.int32))], schema=KEYED)
+def keyed(rows: pa.RecordBatch) -> pa.RecordBatch:
+    """What is compared of rows, as `KEYED`."""
+    return rows.select(KEYED.names).cast(KEYED)
 
 
 def part_of(batch: pa.RecordBatch) -> np.ndarray:
     """The index of each row's part, shape (rows,), dtype int64."""
-    return batch["origin"].to_numpy() >> _ROW_BITS
+    return batch[ORIGIN].to_numpy() >> _ROW_BITS
 
 
 def row_of(origin: pa.ChunkedArray) -> np.ndarray:
@@ -45,7 +47,7 @@ def shard_of_key(batch: pa.RecordBatch, shards: int) -> np.ndarray:
 
 
 def shard_of_row(batch: pa.RecordBatch) -> np.ndarray:
-    return batch["shard"].to_numpy()
+    return batch[SHARD].to_numpy()
 
 
 def find_duplicates(unit: Unit, storage: Storage) -> Iterator[pa.RecordBatch]:
@@ -68,7 +70,7 @@ def find_duplicates(unit: Unit, storage: Storage) -> Iterator[pa.RecordBatch]:
 def _firsts(table: pa.Table) -> tuple[pa.Table, pa.Table]:
     """The first row of each key by origin, and all others."""
     table = table.combine_chunks()
-    keys, origin = table["key"].combine_chunks(), table["origin"].to_numpy()
+    keys, origin = table["key"].combine_chunks(), table[ORIGIN].to_numpy()
     hashes = hash64_column(keys)
     order = np.argsort(hashes)
     # Only rows that share a hash can share a key, and strings are slow to compare.

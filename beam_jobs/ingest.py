@@ -31,6 +31,7 @@ from beam_jobs.workers import Listed
 from model.features import MONTH, is_mature
 from schemas import lake
 from schemas.ahead import ahead
+from schemas.contract import Column
 from schemas.csv_records import Layout, is_packed
 from schemas.hashing import hash64_column, salted, shard_of_column
 from schemas.lake import Receipt
@@ -68,18 +69,16 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun) -> None:
     folder = run.stage("rows")
     parts = len(month_parts(run))
     number = functools.partial(whole_file, storage=run.storage, folder=run.stage("rejects"))
-    image = run.contract.image.name if run.contract.image else None
-    assign = functools.partial(shard_of_rows, image=image, shards=shards)
     by_key = functools.partial(duplicates.shard_of_key, shards=shards)
     read = (
         root
         | "Files" >> Listed(functools.partial(month_parts, run), Part)
         | "SpreadFiles" >> beam.Reshuffle()
-        | "ReadRows" >> beam.ParDo(_ReadRows(run)).with_outputs("parts", main="rows")
+        | "ReadRows" >> beam.ParDo(_ReadRows(run, shards)).with_outputs("parts", main="rows")
     )
     later = (
         read.rows
-        | "Keys" >> beam.Map(duplicates.keyed, assign).with_output_types(pa.RecordBatch)
+        | "Keys" >> beam.Map(duplicates.keyed).with_output_types(pa.RecordBatch)
         | "ShardByKey" >> Repartition(run.storage, run.spill, shards, by_key, unit_rows=None)
         | "SpreadKeys" >> beam.Reshuffle()
         | "FindDuplicates" >> beam.FlatMap(duplicates.find_duplicates, run.storage).with_output_types(pa.RecordBatch)
@@ -96,7 +95,7 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun) -> None:
         | "GroupByFile" >> beam.GroupByKey()
         | "NumberRejects" >> beam.MapTuple(number).with_output_types(Receipt)
     )
-    rows = read.rows | "ShardByImage" >> Repartition(run.storage, run.spill, shards, assign)
+    rows = read.rows | "ShardByImage" >> Repartition(run.storage, run.spill, shards, duplicates.shard_of_row)
     dropped = later | "ShardDuplicates" >> Repartition(run.storage, run.spill, shards, duplicates.shard_of_row, unit_rows=None)
     written = pair_shards(rows, dropped) | "WriteRows" >> beam.ParDo(InThreads(write_rows, run)).with_output_types(Receipt)
     info = {"shards": shards, "contract": run.contract.fingerprint}
@@ -126,10 +125,10 @@ def month_parts(run: MonthRun) -> list[Part]:
 
 
 class _ReadRows(beam.DoFn):
-    """One part of a file → its row batches, each row with its `origin`, and on `parts` its file and what was read and rejected."""
+    """One part of a file → its rows in batches, each with its origin and shard, and on `parts` its file and what was read and rejected."""
 
-    def __init__(self, run: MonthRun):
-        self._run = run
+    def __init__(self, run: MonthRun, shards: int):
+        self._run, self._shards = run, shards
 
     def process(self, part: Part) -> Iterator[pa.RecordBatch | pvalue.TaggedOutput[Literal["parts"], tuple[str, Receipt]]]:
         run, counts, writer = self._run, Counter[str](read=0), None
@@ -143,7 +142,9 @@ class _ReadRows(beam.DoFn):
                     writer.write(checked.rejects)
                     counts.update(f"rejected:{reason}" for reason in checked.rejects["reason"].to_pylist())
                 if checked.rows.num_rows:
-                    yield checked.rows.append_column("origin", duplicates.origins(part.index, checked.numbers))
+                    shards = pa.array(shard_of_rows(checked.rows, run.contract.image, self._shards).astype(np.int32))
+                    rows = checked.rows.append_column(duplicates.ORIGIN, duplicates.origins(part.index, checked.numbers))
+                    yield rows.append_column(duplicates.SHARD, shards)
             if writer:
                 writer.close()
                 # Not yet among the run's rejects, which people read by the folder: the duplicates, and the numbers in the file, come later.
@@ -159,8 +160,8 @@ def _unit(part: Part) -> str:
 def reject_duplicates(unit: Unit, run: MonthRun) -> tuple[str, Receipt]:
     """Write the rejects of a part's rows whose keys were there before, or of as many of them as a unit holds."""
     part = month_parts(run)[unit.shard]
-    found = read_table(run.storage, (unit,), duplicates.KEYED).sort_by("origin")
-    later = pa.table({"row": duplicates.row_of(found["origin"]), "key": found["key"]})
+    found = read_table(run.storage, (unit,), duplicates.KEYED).sort_by(duplicates.ORIGIN)
+    later = pa.table({"row": duplicates.row_of(found[duplicates.ORIGIN]), "key": found["key"]})
     with run.storage.open(part.file) as stream:
         rejects = duplicate_rejects(stream, run.contract, part.file, layout_of(run.config), part.span, later)
         counts = {f"rejected:{DUPLICATE_KEY}": len(later)}
@@ -192,12 +193,14 @@ def shard_of_image(images: pa.Array, shards: int) -> np.ndarray:
     return shard_of_column(images, "shard", shards)
 
 
-def shard_of_rows(batch: pa.RecordBatch, image: str | None, shards: int) -> np.ndarray:
-    """The shard of each row: by its image (a column's name), and by key where there is none, which spreads those rows."""
-    by_key = shard_of_image(batch["key"], shards)
+def shard_of_rows(batch: pa.RecordBatch, image: Column | None, shards: int) -> np.ndarray:
+    """The shard of each row, shape (rows,), dtype int64: by its image, and by key where there is none, which spreads those rows."""
     if image is None:
-        return by_key
-    return np.where(batch[image].is_null().to_numpy(zero_copy_only=False), by_key, shard_of_image(batch[image], shards))
+        return shard_of_image(batch["key"], shards)
+    found, without = shard_of_image(batch[image.name], shards), batch[image.name].is_null()
+    if batch[image.name].null_count:
+        found[without.to_numpy(zero_copy_only=False)] = shard_of_image(batch["key"].filter(without), shards)
+    return found
 
 
 def write_rows(pair: ShardPair, run: MonthRun) -> Receipt:
@@ -206,10 +209,10 @@ def write_rows(pair: ShardPair, run: MonthRun) -> Receipt:
     Their statistics are written with them.
     """
     table = read_table(run.storage, pair.left)
-    dropped = read_table(run.storage, pair.right, duplicates.KEYED)["origin"].to_numpy()
+    dropped = read_table(run.storage, pair.right, duplicates.KEYED)[duplicates.ORIGIN].to_numpy()
     if len(dropped):
-        table = table.filter(pa.array(~np.isin(table["origin"].to_numpy(), dropped)))
-    table = table.drop_columns("origin").combine_chunks()
+        table = table.filter(pa.array(~np.isin(table[duplicates.ORIGIN].to_numpy(), dropped)))
+    table = table.drop_columns([duplicates.ORIGIN, duplicates.SHARD]).combine_chunks()
     keys = table["key"].combine_chunks()
     order = np.argsort(hash64_column(keys, salted("order")))
     batches = table.take(pa.array(order)).to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]

@@ -14,6 +14,7 @@ from beam_jobs.run import MonthRun, prepare
 from beam_jobs.runner import run_pipeline
 from schemas import contract as contracts
 from schemas import rows as csv_rows
+from schemas.contract import Column, Contract
 from schemas.hashing import hash64, salted
 from schemas.lake import Manifest, Receipt, raw_ads, shard_of_unit
 from schemas.parquet import read_parquet, write_parquet
@@ -95,7 +96,7 @@ def test_each_accepted_row_is_there_once_in_its_shard_and_place(done: tuple[Mont
 def test_rows_without_an_image_are_spread(done: tuple[MonthRun, Manifest]) -> None:
     rows = direct(done[0])[0].combine_chunks().to_batches()[0]
     bare = rows.set_column(rows.schema.get_field_index("image"), "image", pa.nulls(len(rows), pa.string()))
-    shards = ingest.shard_of_rows(bare, "image", 3)
+    shards = ingest.shard_of_rows(bare, CONTRACT.image, 3)
     assert shards.tolist() == ingest.shard_of_rows(bare, None, 3).tolist()
     assert set(shards.tolist()) == {0, 1, 2}
 
@@ -218,15 +219,24 @@ def test_of_a_key_the_first_row_by_file_and_number_stays(
 
 def test_keys_that_share_a_hash_are_told_apart(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(duplicates, "hash64_column", lambda keys: np.zeros(len(keys), np.uint64))
-    batch = pa.RecordBatch.from_pydict({"key": list("abcab"), "origin": [5, 1, 2, 3, 4], "shard": [0] * 5}, duplicates.KEYED)
+    batch = pa.RecordBatch.from_pydict(
+        dict(zip(duplicates.KEYED.names, [list("abcab"), [5, 1, 2, 3, 4], [0] * 5], strict=True)), duplicates.KEYED
+    )
     storage = Folder(str(tmp_path))
     data, addressed = spill_sections([batch], 1, lambda batch: np.zeros(len(batch), np.int64), "spill")
     storage.write("spill", data)
     found = duplicates.find_duplicates(Unit(0, 0, (addressed[0][1],)), storage)
-    assert pa.Table.from_batches(found, duplicates.KEYED).sort_by("origin").to_pylist() == [
-        {"key": "b", "origin": 4, "shard": 0},
-        {"key": "a", "origin": 5, "shard": 0},
-    ]
+    rows = pa.Table.from_batches(found, duplicates.KEYED).sort_by(duplicates.ORIGIN).to_pylist()
+    assert [tuple(row.values()) for row in rows] == [("b", 4, 0), ("a", 5, 0)]
+
+
+def test_columns_may_be_called_as_what_travels_beside_the_rows(tmp_path: pathlib.Path) -> None:
+    columns = (Column("id", "bytes", frozenset({"key"}), required=True), Column("origin", "bytes"), Column("shard", "int"))
+    (tmp_path / "own.pbtxt").write_text(contracts.dumps(Contract(columns)))
+    Folder(str(tmp_path)).write(raw_ads(MONTH) + "ads.csv", b"id,origin,shard\na,fr,7\nb,de,8\na,it,9\n")
+    run, manifest = ingested(Config(lake=str(tmp_path), contract=str(tmp_path / "own.pbtxt"), max_reject_share=0.5))
+    kept = table(run, [r.file for r in manifest.receipts if r.unit.startswith("shard/")], row_schema(run.contract)).to_pylist()
+    assert sorted((row["key"], row["origin"], row["shard"]) for row in kept) == [("a", "fr", 7), ("b", "de", 8)]
 
 
 def test_only_rejects(tmp_path: pathlib.Path) -> None:
