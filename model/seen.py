@@ -126,6 +126,16 @@ class History:
             after.append(tally.plus(rows[valid], clicks[valid], impressions[valid]))
         return dataclasses.replace(self, months={**self.months, month: tuple(after)})
 
+    def folded(self, first: int) -> "History":
+        """With the months before `first` as one, the last of them: a model is refreshed for years, and no row that it will learn from has a
+        month among those."""
+        old = sorted(month for month in self.months if month < first)
+        months = {month: tallies for month, tallies in self.months.items() if month >= first}
+        if old:
+            by_name = zip(*(self.months[month] for month in old), strict=True)
+            months[old[-1]] = tuple(functools.reduce(lambda one, more: one.plus(*more.arrays), tallies) for tallies in by_name)
+        return dataclasses.replace(self, months=dict(sorted(months.items())))
+
     def arrays(self, batch: pa.RecordBatch, month: int) -> np.ndarray:
         """float32 (rows, 2 x names): smoothed log-odds against the base rate, and log impressions, of the months before `month`."""
         out = []

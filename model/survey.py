@@ -84,8 +84,6 @@ def survey(
     found.features, found.new_ids = fitter.grown(parent) if parent else (fitter.fit(), [])
     if with_history:
         # Months before the window are known by the parent alone.
-        months_seen = dict(
-            sorted({**{month: seen for month, seen in kept_months.items() if month not in months}, **history.months}.items())
-        )
-        found.features = dataclasses.replace(found.features, history=History(names, months_seen, found.base_rate))
+        seen = History(names, {**kept_months, **history.months}, found.base_rate)
+        found.features = dataclasses.replace(found.features, history=seen.folded(min(months)))
     return found

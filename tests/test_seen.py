@@ -58,6 +58,19 @@ def test_history_is_of_the_months_before_and_evidence_of_all() -> None:
     assert History.from_plain(history.plain()) == history
 
 
+def test_months_before_the_window_are_folded_into_one() -> None:
+    history, wanted = History(("key", "creative"), {}, 0.1), rows(["a", "b", "c"], ["x", None, "y"])
+    for month, clicks in ((7, 1.0), (8, 2.0), (9, 0.0), (10, 3.0)):
+        history = history.plus(rows(["a", "b"], ["x", "y"]), month, np.array([clicks, 1.0]), np.array([20.0, month]))
+    folded = history.folded(9)
+    assert list(folded.months) == [8, 9, 10] and history.folded(7) == history == history.folded(8)
+    for month in (9, 10, 11):
+        np.testing.assert_array_equal(folded.arrays(wanted, month), history.arrays(wanted, month))
+    assert [known.tolist() for known in folded.evidence(wanted)] == [known.tolist() for known in history.evidence(wanted)]
+    # Months that are folded have no history any more: none of what came later gets into it.
+    assert not folded.arrays(wanted, 8).any()
+
+
 def test_a_full_tally_keeps_the_values_with_the_most_impressions(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr("model.seen.MAX_VALUES", 2)
     tally = Tally().plus(np.array([5, 6, 7, 5], np.uint64), np.zeros(4), np.array([1, 5, 3, 1]))
