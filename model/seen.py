@@ -6,6 +6,7 @@ Both are exact up to a bound on their size, past which values are left out and s
 import base64
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,6 +20,7 @@ MISSING, UNKNOWN, FIRST_ID = 0, 1, 2
 MAX_VALUES = 1 << 20
 # Expected clicks that a value is taken to have had at the base rate before anything is known of it.
 _PRIOR_CLICKS = 5.0
+_ROWS_AT_ONCE = 1 << 19
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +104,38 @@ class Tally:
         return (np.where(there, clicks[place], 0), np.where(there, impressions[place], 0)) if len(known) else (there * 0.0, there * 0.0)
 
 
+class Tallies:
+    """Tallies of months as rows come. Adding rows up sorts all values, so it is done for many rows at a time."""
+
+    def __init__(self, names: tuple[str, ...]):
+        self._names, self._months = names, dict[int, tuple[Tally, ...]]()
+        self._held, self._rows = dict[int, list[list[tuple[np.ndarray, ...]]]](), Counter[int]()
+
+    def add(self, batch: pa.RecordBatch, month: int, clicks: np.ndarray, impressions: np.ndarray) -> None:
+        """Labelled TRAIN rows of a month."""
+        columns = list[tuple[np.ndarray, ...]]()
+        for name in self._names:
+            valid = batch[name].is_valid().to_numpy(zero_copy_only=False)
+            columns.append((hashes_of_rows(batch[name], name)[valid], clicks[valid], impressions[valid]))
+        self._held.setdefault(month, []).append(columns)
+        self._rows[month] += len(clicks)
+        if self._rows[month] >= _ROWS_AT_ONCE:
+            self._add_up(month)
+
+    def months(self) -> dict[int, tuple[Tally, ...]]:
+        """By month a tally for each name, of all rows so far."""
+        for month in list(self._held):
+            self._add_up(month)
+        return dict(self._months)
+
+    def _add_up(self, month: int) -> None:
+        before, held = self._months.get(month, (Tally(),) * len(self._names)), zip(*self._held.pop(month), strict=True)
+        self._months[month] = tuple(
+            tally.plus(*map(np.concatenate, zip(*parts, strict=True))) for tally, parts in zip(before, held, strict=True)
+        )
+        del self._rows[month]
+
+
 @dataclasses.dataclass(frozen=True)
 class History:
     """Outcomes of earlier months' TRAIN rows by key, creative and the columns tagged `history`.
@@ -115,16 +149,6 @@ class History:
     names: tuple[str, ...]
     months: dict[int, tuple[Tally, ...]]
     base_rate: float
-
-    def plus(self, batch: pa.RecordBatch, month: int, clicks: np.ndarray, impressions: np.ndarray) -> "History":
-        """With labelled TRAIN rows of a month."""
-        before = self.months.get(month, (Tally(),) * len(self.names))
-        after = []
-        for tally, name in zip(before, self.names, strict=True):
-            valid = batch[name].is_valid().to_numpy(zero_copy_only=False)
-            rows = hashes_of_rows(batch[name], name)
-            after.append(tally.plus(rows[valid], clicks[valid], impressions[valid]))
-        return dataclasses.replace(self, months={**self.months, month: tuple(after)})
 
     def folded(self, first: int) -> "History":
         """With the months before `first` as one, the last of them: a model is refreshed for years, and no row that it will learn from has a

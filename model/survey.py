@@ -9,7 +9,7 @@ import pyarrow as pa
 from model import splits
 from model.features import Features, Fitter, learnable, month_of, outcomes
 from model.leakage import Guard
-from model.seen import History
+from model.seen import History, Tallies
 from schemas.contract import Contract
 
 
@@ -60,7 +60,7 @@ def survey(
     fitter, guard = Fitter(contract, embedding_width), Guard(contract)
     names = ("key", "creative", *(column.name for column in contract.features if "history" in column.tags))
     kept_months = parent.history.months if parent and parent.history else {}
-    history, months = History(names, {}, 0.0), dict[int, tuple[int, float, float]]()
+    tallies, months = Tallies(names), dict[int, tuple[int, float, float]]()
     for batch in batches:
         kept, split = learnable(batch)
         train = kept.filter(pa.array(split == splits.TRAIN))
@@ -73,7 +73,7 @@ def survey(
             more = int(known.sum()), float(clicks.sum(dtype=np.float64)), float(impressions.sum(dtype=np.float64))
             months[month] = (rows + more[0], some_clicks + more[1], some_impressions + more[2])
             if with_history:
-                history = history.plus(train.filter(pa.array(known)), month, clicks[known], impressions[known])
+                tallies.add(train.filter(pa.array(known)), month, clicks[known], impressions[known])
     found = Survey(Features(contract, (), (), (), 0), [], months)
     if not 0 < found.clicks < found.impressions:
         raise NothingToLearnError(
@@ -84,6 +84,6 @@ def survey(
     found.features, found.new_ids = fitter.grown(parent) if parent else (fitter.fit(), [])
     if with_history:
         # Months before the window are known by the parent alone.
-        seen = History(names, {**kept_months, **history.months}, found.base_rate)
+        seen = History(names, {**kept_months, **tallies.months()}, found.base_rate)
         found.features = dataclasses.replace(found.features, history=seen.folded(min(months)))
     return found

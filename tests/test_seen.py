@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 
 from model.features import MONTH, outcomes
-from model.seen import MISSING, UNKNOWN, History, Tally, Vocabulary, hashes_of
+from model.seen import MISSING, UNKNOWN, History, Tallies, Tally, Vocabulary, hashes_of
 from schemas import contract as contracts
 
 VALUES = pa.array([f"v{i}" for i in range(500)])
@@ -39,10 +39,10 @@ def rows(keys: list[str], creatives: list[str | None]) -> pa.RecordBatch:
 
 def test_history_is_of_the_months_before_and_evidence_of_all() -> None:
     first, second = rows(["a", "b"], ["x", None]), rows(["a", "a"], ["x", "y"])
-    history = History(("key", "creative"), {}, 0.1)
-    history = history.plus(first, 10, np.array([2.0, 1.0]), np.array([20.0, 10.0])).plus(
-        second, 11, np.array([9.0, 0.0]), np.array([30.0, 5.0])
-    )
+    tallies = Tallies(("key", "creative"))
+    tallies.add(first, 10, np.array([2.0, 1.0]), np.array([20.0, 10.0]))
+    tallies.add(second, 11, np.array([9.0, 0.0]), np.array([30.0, 5.0]))
+    history = History(("key", "creative"), tallies.months(), 0.1)
     wanted = rows(["a", "b", "c"], ["x", None, "y"])
     assert not history.arrays(wanted, 10).any()
     at = history.arrays(wanted, 11)
@@ -52,16 +52,18 @@ def test_history_is_of_the_months_before_and_evidence_of_all() -> None:
     key, creative = history.evidence(wanted)
     assert key.tolist() == [55, 10, 0] and creative.tolist() == [50, 0, 5]
     # What happens in a month leaves its own history as it was.
-    other = history.plus(second, 11, np.array([20.0, 5.0]), np.array([30.0, 5.0]))
+    tallies.add(second, 11, np.array([20.0, 5.0]), np.array([30.0, 5.0]))
+    other = History(("key", "creative"), tallies.months(), 0.1)
     np.testing.assert_array_equal(other.arrays(wanted, 11), at)
     assert (other.arrays(wanted, 12) != history.arrays(wanted, 12)).any()
     assert History.from_plain(history.plain()) == history
 
 
 def test_months_before_the_window_are_folded_into_one() -> None:
-    history, wanted = History(("key", "creative"), {}, 0.1), rows(["a", "b", "c"], ["x", None, "y"])
+    tallies, wanted = Tallies(("key", "creative")), rows(["a", "b", "c"], ["x", None, "y"])
     for month, clicks in ((7, 1.0), (8, 2.0), (9, 0.0), (10, 3.0)):
-        history = history.plus(rows(["a", "b"], ["x", "y"]), month, np.array([clicks, 1.0]), np.array([20.0, month]))
+        tallies.add(rows(["a", "b"], ["x", "y"]), month, np.array([clicks, 1.0]), np.array([20.0, month]))
+    history = History(("key", "creative"), tallies.months(), 0.1)
     folded = history.folded(9)
     assert list(folded.months) == [8, 9, 10] and history.folded(7) == history == history.folded(8)
     for month in (9, 10, 11):
@@ -69,6 +71,21 @@ def test_months_before_the_window_are_folded_into_one() -> None:
     assert [known.tolist() for known in folded.evidence(wanted)] == [known.tolist() for known in history.evidence(wanted)]
     # Months that are folded have no history any more: none of what came later gets into it.
     assert not folded.arrays(wanted, 8).any()
+
+
+def test_rows_are_added_up_many_at_a_time(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    rng = np.random.default_rng(0)
+    keys, clicks = rng.integers(0, 9, (20, 50)).astype(str), rng.integers(0, 3, (20, 50)).astype(np.float64)
+    found = []
+    for at_once in (1, 120, 10_000):
+        monkeypatch.setattr("model.seen._ROWS_AT_ONCE", at_once)
+        tallies = Tallies(("key",))
+        for number, (some, outcomes_of) in enumerate(zip(keys.tolist(), clicks, strict=True)):
+            tallies.add(rows(some, [None] * 50), number % 2, outcomes_of, outcomes_of + 1)
+        found.append(tallies.months())
+    assert found[0] == found[1] == found[2] and found[0].keys() == {0, 1}
+    (tally,) = found[0][1]
+    assert tally.arrays[1].sum() == clicks[1::2].sum() and tally.arrays[2].sum() == clicks[1::2].sum() + 500
 
 
 def test_a_full_tally_keeps_the_values_with_the_most_impressions(monkeypatch) -> None:  # type: ignore[no-untyped-def]
