@@ -157,9 +157,10 @@ def find_embeddings(storage: Storage, pair: ShardPair) -> Iterator[pa.RecordBatc
     names = pc.unique(wanted["creative"])
     embedded = read_table(storage, pair.right, _EMBEDDED, lambda batch: pc.is_in(batch["creative"], names)).combine_chunks()
     creatives, matrix = embedded["creative"].combine_chunks(), embedded["embedding"].combine_chunks()
-    for batch in wanted.to_batches():
-        found = matrix.take(pc.index_in(batch["creative"], creatives))
-        yield pa.RecordBatch.from_arrays([*batch.columns, found], ["creative", "shard", "embedding"])
+    # All at once, as each call builds a table of the creatives.
+    found = wanted.append_column("at", pc.index_in(wanted["creative"], creatives))
+    for batch in found.to_batches():
+        yield pa.RecordBatch.from_arrays([batch["creative"], batch["shard"], matrix.take(batch["at"])], ["creative", "shard", "embedding"])
 
 
 def write_embeddings(unit: Unit, storage: Storage, folder: str) -> Receipt:

@@ -26,36 +26,25 @@ INDEX = pa.schema([("image", pa.string()), ("creative", pa.string()), ("image_st
 class ShardImages:
     """The images of one shard of a month: what a row's image name says of creative, status and, with an encoder, embedding."""
 
-    def __init__(self, storage: Storage, contract_image: str | None, index: Receipt | None, embeddings: Receipt | None):
-        self._image = contract_image
-        self._index = _table(storage, index, INDEX)
-        self._names = self._index["image"].combine_chunks()
-        self._creatives, self._matrix = None, None
-        if embeddings:
-            table = pa.Table.from_batches(list(read_parquet(storage, embeddings.file)))
-            self._creatives, self._matrix = table["creative"].combine_chunks(), table["embedding"].combine_chunks()
-
-    def join(self, rows: pa.RecordBatch, width: int | None) -> pa.RecordBatch:
-        """The rows with `creative`, `image_status` and, where `width` is given, `embedding` (float32, that many to a row; null without)."""
-        if self._image is None:
-            creative = pa.nulls(len(rows), pa.string())
-            status = pa.repeat(pa.scalar(images.NO_IMAGE), len(rows))
-        else:
-            where = pc.index_in(rows[self._image], self._names)
-            creative = self._index["creative"].combine_chunks().take(where)
-            status = pc.fill_null(self._index["image_status"].combine_chunks().take(where), images.MISSING)
-            status = pc.if_else(pc.is_null(rows[self._image]), images.NO_IMAGE, status)
-        columns = [*rows.columns, creative, status]
-        names = [*rows.schema.names, "creative", "image_status"]
+    def __init__(self, storage: Storage, index: Receipt | None, embeddings: Receipt | None, width: int | None):
+        table = _table(storage, index, INDEX)
+        self._names, self._creatives, self._status = (table[name].combine_chunks() for name in INDEX.names)
+        self._vectors = None
         if width is not None:
-            columns, names = [*columns, self._embeddings(creative, width)], [*names, "embedding"]
-        return pa.RecordBatch.from_arrays(columns, names)
+            schema = pa.schema([("creative", pa.string()), ("embedding", pa.list_(pa.float32(), width))])
+            embedded = _table(storage, embeddings, schema)
+            at = pc.index_in(self._creatives, embedded["creative"].combine_chunks())
+            self._vectors = embedded["embedding"].combine_chunks().take(at)
 
-    def _embeddings(self, creative: pa.Array, width: int) -> pa.Array:
-        type_ = pa.list_(pa.float32(), width)
-        if self._creatives is None or self._matrix is None:
-            return pa.nulls(len(creative), type_)
-        return self._matrix.take(pc.index_in(creative, self._creatives))
+    def places(self, names: pa.ChunkedArray) -> pa.Array:
+        """Where each image name stands in the index, int32; null for none. All rows' at once: each call builds a table of the index."""
+        return pc.index_in(names, self._names).combine_chunks()
+
+    def join(self, rows: pa.RecordBatch, image: pa.Array, places: pa.Array) -> pa.RecordBatch:
+        """The rows, by their `image` names and the `places` of these, with `creative`, `image_status` and, with an encoder, `embedding`."""
+        status = pc.if_else(image.is_null(), images.NO_IMAGE, pc.fill_null(self._status.take(places), images.MISSING))
+        joined = rows.append_column("creative", self._creatives.take(places)).append_column("image_status", status)
+        return joined if self._vectors is None else joined.append_column("embedding", self._vectors.take(places))
 
 
 def _table(storage: Storage, receipt: Receipt | None, schema: pa.Schema) -> pa.Table:
@@ -90,10 +79,19 @@ class MonthRows:
         """The joined batches of one unit of rows, in order."""
         shard = shard_of_unit(unit.unit)
         image = self._run.contract.image.name if self._run.contract.image else None
-        joiner = ShardImages(self._run.storage, image, self._index.get(shard), self._embeddings.get(shard))
+        joiner = ShardImages(self._run.storage, self._index.get(shard), self._embeddings.get(shard), self._width)
         number = pa.scalar(lake.month_number(self._month), pa.int32())
-        read = read_parquet(self._run.storage, unit.file)
-        yield from ahead(joiner.join(rows, self._width).append_column(MONTH, pa.repeat(number, len(rows))) for rows in read)
+
+        def joined() -> Iterator[pa.RecordBatch]:
+            names = [batch[image] for batch in read_parquet(self._run.storage, unit.file, [image])] if image else []
+            places, start = joiner.places(pa.chunked_array(names, pa.string())), 0
+            for rows in read_parquet(self._run.storage, unit.file):
+                of_rows = places.slice(start, len(rows)) if image else pa.nulls(len(rows), pa.int32())
+                named = rows[image] if image else pa.nulls(len(rows), pa.string())
+                yield joiner.join(rows, named, of_rows).append_column(MONTH, pa.repeat(number, len(rows)))
+                start += len(rows)
+
+        yield from ahead(joined())
 
 
 def _by_shard(manifest: Manifest) -> dict[int, Receipt]:

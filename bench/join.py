@@ -51,7 +51,7 @@ def ours(flags: argparse.Namespace) -> Told:
     clock = Clock()
     import apache_beam as beam
 
-    from beam_jobs.arrow import Repartition, ShardPair, Unit, pair_shards, read_table, read_unit, shards_for
+    from beam_jobs.arrow import Repartition, ShardPair, Unit, pair_shards, read_table, shards_for
     from beam_jobs.ingest import shard_of_image
     from beam_jobs.runner import run_pipeline
     from schemas.parquet import read_parquet
@@ -67,8 +67,10 @@ def ours(flags: argparse.Namespace) -> Told:
         right = read_table(storage, pair.right).combine_chunks()
         images, vectors = right["image"].combine_chunks(), right["embedding"].combine_chunks()
         for unit in pair.left:
-            for batch in read_unit(storage, unit):
-                yield summed(batch["number"], vectors.take(pc.index_in(batch["image"], images)))
+            rows = read_table(storage, (unit,))
+            # As the product does it: all rows of a unit find their images at once.
+            for batch in pa.table({"number": rows["number"], "at": pc.index_in(rows["image"], images)}).to_batches():
+                yield summed(batch["number"], vectors.take(batch["at"]))
 
     def tell(units: list[Unit], side: str) -> None:
         # Bytes in spill files, and those that went through the shuffle.

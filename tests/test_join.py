@@ -43,10 +43,11 @@ def embeddings_of(vectors: dict[str, list[float]]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays([pa.array(list(vectors)), matrix], ["creative", "embedding"])
 
 
-def joiner(storage: Folder, indexed: bool = True, embedded: bool = True, image: str | None = "image") -> ShardImages:
+def join(storage: Folder, rows: pa.RecordBatch, width: int | None, indexed: bool = True, embedded: bool = True) -> pa.RecordBatch:
     index = write_parquet(storage, "index", "index/0", [index_of(INDEXED)]) if indexed else None
     embeddings = write_parquet(storage, "embeddings", "shard/0", [embeddings_of(EMBEDDINGS)]) if embedded else None
-    return ShardImages(storage, image, index, embeddings)
+    images_of_shard = ShardImages(storage, index, embeddings, width)
+    return images_of_shard.join(rows, rows["image"], images_of_shard.places(pa.chunked_array([rows["image"]])))
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def storage(tmp_path: pathlib.Path) -> Folder:
 @pytest.mark.parametrize("rows", [slice(0, 8), slice(2, 5), slice(0, 0)])
 def test_each_row_finds_its_image(storage: Folder, rows: slice, width: int | None) -> None:
     batch = rows_of(NAMES).slice(rows.start, rows.stop - rows.start)
-    joined = joiner(storage).join(batch, width)
+    joined = join(storage, batch, width)
     assert joined.select(batch.schema.names) == batch
     assert list(zip(joined["creative"].to_pylist(), joined["image_status"].to_pylist(), strict=True)) == EXPECTED[rows]
     assert ("embedding" in joined.schema.names) is (width is not None)
@@ -69,22 +70,15 @@ def test_each_row_finds_its_image(storage: Folder, rows: slice, width: int | Non
 
 @pytest.mark.parametrize("embedded", [False, True])
 def test_a_shard_without_images(storage: Folder, embedded: bool) -> None:
-    joined = joiner(storage, indexed=False, embedded=embedded).join(rows_of(NAMES), WIDTH)
+    joined = join(storage, rows_of(NAMES), WIDTH, indexed=False, embedded=embedded)
     assert joined["creative"].null_count == joined["embedding"].null_count == len(NAMES)
     assert joined["image_status"].to_pylist() == [images.MISSING if name else images.NO_IMAGE for name in NAMES]
 
 
 def test_an_embedding_that_is_not_there_is_null(storage: Folder) -> None:
-    joined = joiner(storage, embedded=False).join(rows_of(NAMES), WIDTH)
+    joined = join(storage, rows_of(NAMES), WIDTH, embedded=False)
     assert joined["embedding"].null_count == len(NAMES)
     assert joined["creative"].to_pylist() == [creative for creative, _ in EXPECTED]
-
-
-def test_a_contract_without_images(storage: Folder) -> None:
-    joined = joiner(storage, image=None).join(rows_of(NAMES), WIDTH)
-    assert joined["image_status"].to_pylist() == [images.NO_IMAGE] * len(NAMES)
-    assert joined["creative"].null_count == joined["embedding"].null_count == len(NAMES)
-    assert joined.schema.field("creative").type == pa.string()
 
 
 def month_run(storage: Folder, contract: Contract = IMAGE, earlier: tuple[tuple[str, str], ...] = (), seed: int = 0) -> MonthRun:
@@ -112,9 +106,10 @@ def test_a_month_is_joined_shard_by_shard(storage: Folder) -> None:
     assert statuses == [[status for _, status in EXPECTED], [images.OK], [images.MISSING, images.NO_IMAGE]]
     assert sorted(c for part in rows.creatives() for c in part.drop_null().to_pylist()) == ["c1", "c1"]
     no_image = MonthRows(month_run(storage, NO_IMAGE), "2026-10", "r", "e")
-    assert {status for unit in no_image.units for b in no_image.batches(unit) for status in b["image_status"].to_pylist()} == {
-        images.NO_IMAGE
-    }
+    for joined in (batch for unit in no_image.units for batch in no_image.batches(unit)):
+        assert set(joined["image_status"].to_pylist()) == {images.NO_IMAGE}
+        assert joined["creative"].null_count == joined["embedding"].null_count == len(joined)
+        assert joined.schema.field("creative").type == pa.string()
     bare = MonthRows(month_run(storage), "2026-10", "r", None)
     assert "embedding" not in next(bare.batches(bare.units[0])).schema.names
 
