@@ -4,7 +4,6 @@ A comment in the JPEG tells copies apart, so that each is another content, and t
 """
 
 import io
-import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -36,6 +35,7 @@ def named(data: bytes, comment: str) -> bytes:
 def write(storage: Storage, pictures: Sequence[Picture], size: tuple[int, int] = SIZE, noise: float = NOISE) -> Iterator[int]:
     """In place of `sample_images.write_pictures`: pictures of that size under the same names."""
     bases = [drawn(number, size, noise) for number in range(min(DRAWN, len(pictures)))]
-    for picture, base in zip(pictures, itertools.cycle(bases), strict=False):
-        storage.write(picture.name, named(base, f"{picture.seed}"))
+    for picture in pictures:
+        # By its own number, so that a picture of last month is the same again.
+        storage.write(picture.name, named(bases[picture.seed % len(bases)], f"{picture.seed}"))
     yield len(pictures)
