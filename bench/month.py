@@ -21,7 +21,7 @@ FIRST = lakes.MONTH
 SECOND = month_after(FIRST, 1)
 # A part of the months' own times: all else costs by the row or by the creative.
 _CREATIVES = ("creatives", "embed")
-_START = 2.0
+_LEAST = 2.0
 
 
 def run(lake: pathlib.Path, month: str, stages: tuple[str, ...] = STAGES) -> dict[str, Turn]:
@@ -63,12 +63,20 @@ def again(flags: argparse.Namespace) -> None:
     lay_out(str(lake), flags.images, flags.ads, [FIRST, SECOND])
     months = {month: run(lake, month) for month in (FIRST, SECOND)}
     first, second = months.values()
+    # What starting takes: the same stages where there is next to nothing to do.
+    start = run(sample(flags.work, 2_000, 50), FIRST, ("ingest", "creatives", "encoder", *_CREATIVES[1:]))
+    begun = seconds(start, _CREATIVES)
     bars = [
         Bar("time of month 2, of month 1's", seconds(second) / seconds(first), 0.5, at_least=False),
-        Bar("of its stages creatives and embed", seconds(second, _CREATIVES) / seconds(first, _CREATIVES), 0.12, at_least=False),
+        Bar(
+            "of its stages creatives and embed, starts apart",
+            (seconds(second, _CREATIVES) - begun) / (seconds(first, _CREATIVES) - begun),
+            0.12,
+            at_least=False,
+        ),
     ]
     told = f"{flags.ads:,} ads, {flags.images:,} JPEGs of 1200 x 628 a month, a tenth of them new in the second."
-    harness.report("5", "the second month", [told, table(months)], bars, ["tensorflow"])
+    harness.report("5", "the second month", [told, table({**months, "2,000 ads, 50 creatives": start})], bars, ["tensorflow"])
     shutil.rmtree(lake)
 
 
@@ -88,7 +96,7 @@ def grown(flags: argparse.Namespace, name: str, title: str, small: tuple[int, in
     a, b = months.values()
     bars = []
     for stage in b:
-        if b[stage].told["seconds"] > _START:
+        if b[stage].told["seconds"] > _LEAST:
             bars.append(Bar(f"time of {stage}, times", b[stage].told["seconds"] / a[stage].told["seconds"], limit, at_least=False))
         bars.append(Bar(f"memory of {stage}, times", b[stage].peak / a[stage].peak, 1.2, at_least=False))
     bars.append(Bar("most memory, GB", max(turn.peak for turn in b.values()) / 1e9, 6, at_least=False))
