@@ -25,6 +25,7 @@ from beam_jobs.pairs import CHAMPION, peers
 from beam_jobs.run import MonthRun, StageError, source_digest
 from beam_jobs.workers import Listed, gpu_hints, on_gpu
 from model import golden, registry
+from model.kept import read_once
 from model.leakage import LeakageError
 from model.seen import among
 from model.survey import NothingToLearnError
@@ -50,11 +51,12 @@ def train_encoder(run: MonthRun) -> Manifest:
     from model import encoder_training, tensorflow
 
     tensorflow.load()
-    with registry.local_folder() as folder, _backbone(run) as backbone:
+    lake_examples = functools.partial(examples, run, None)
+    with registry.local_folder() as folder, _backbone(run) as backbone, read_once(lake_examples, run.contract) as rows:
         summary = _learnt(
             run,
             lambda: encoder_training.train_encoder(
-                functools.partial(examples, run, None),
+                rows,
                 functools.partial(thumbnails, run),
                 run.contract,
                 run.config.seed,
@@ -88,14 +90,15 @@ def train_ranker(run: MonthRun) -> Manifest:
     tensorflow.load()
     encoder = run.encoder
     digest = registry.manifest(run.storage, "encoder", encoder).info["digest"]
-    with registry.local_folder() as folder, registry.local_folder() as parent:
+    once = read_once(functools.partial(examples, run, encoder), run.contract)
+    with registry.local_folder() as folder, registry.local_folder() as parent, once as rows:
         from_champion = run.champion and registry.manifest(run.storage, "ranker", run.champion.ranker).info.get("format") == registry.FORMAT
         if run.champion and from_champion:
             registry.fetch(run.storage, "ranker", run.champion.ranker, pathlib.Path(parent))
         summary = _learnt(
             run,
             lambda: training.train_ranker(
-                functools.partial(examples, run, encoder),
+                rows,
                 run.contract,
                 run.config.seed,
                 pathlib.Path(folder),

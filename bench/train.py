@@ -30,7 +30,7 @@ def _train(flags: argparse.Namespace, in_memory: bool) -> Told:
     clock = Clock()
     from beam_jobs.join import examples
     from bench import lakes
-    from model import descent, registry, tensorflow, training
+    from model import descent, kept, registry, tensorflow, training
 
     tensorflow.load()
     clock.lap("imports")
@@ -63,9 +63,10 @@ def _train(flags: argparse.Namespace, in_memory: bool) -> Told:
         return done
 
     real = descent.descend
-    with mock.patch.object(training, "descend", descend), registry.local_folder() as folder:
+    once = kept.read_once(functools.partial(examples, run, encoder), run.contract)
+    with mock.patch.object(training, "descend", descend), registry.local_folder() as folder, once as rows:
         training.train_ranker(
-            functools.partial(examples, run, encoder),
+            rows,
             run.contract,
             0,
             pathlib.Path(folder),

@@ -14,10 +14,10 @@ import pyarrow.compute as pc
 
 from model import encoder, ranker, splits
 from model.descent import Descent, Progress, descend, deterministic, write
-from model.features import Arrays, minibatches
+from model.features import Arrays, Examples, minibatches
 from model.seen import among
 from model.survey import NothingToLearnError, Survey, survey
-from model.training import Examples, Settings, fit_rows, labelled, logits_of
+from model.training import Settings, fit_rows, labelled, logits_of
 from schemas.contract import Contract
 from schemas.hashing import hash64_column
 

@@ -8,7 +8,7 @@ Nothing here looks at a row at a time, and nothing but `outcomes` looks at an ou
 import dataclasses
 import datetime
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,10 @@ from schemas.contract import Column, Contract
 
 # What a model is given, by name, all of one length; in training `clicks`, `impressions` and perhaps `offset` are beside the inputs.
 Arrays = dict[str, np.ndarray]
+# From an epoch's number, the joined batches of the window in an order that only depends on that number.
+Examples = Callable[[int], Iterator[pa.RecordBatch]]
+# Of rows that have been through `learnable`, named as no column of a contract is.
+SPLIT = "adstocrat:split"
 
 QUANTILES = 64
 # The month of a batch, as 12 x year + month, beside its columns; a batch without one counts as later than all that was learnt from.
@@ -61,6 +65,8 @@ def learnable(batch: pa.RecordBatch) -> tuple[pa.RecordBatch, np.ndarray]:
 
     Whatever is fitted passes its batches through here first, so that a gate row's outcome is gone before anything could read it.
     """
+    if SPLIT in batch.schema.names:
+        return batch.drop_columns([SPLIT]), batch[SPLIT].to_numpy()
     split = splits.split_of_rows(batch["key"], batch["creative"])
     keep = split != splits.GATE
     return batch.filter(pa.array(keep)), split[keep]

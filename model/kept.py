@@ -1,62 +1,94 @@
-"""What each epoch learns from, kept on local disk from the first on: reading it takes a fraction of making it from the lake again."""
+"""What is learnt from, kept on local disk while it is read or made for the first time: after that it takes a fraction of the time.
 
-import logging
+Rows come from the lake once, for the survey, and arrays are made of them once, in the first epoch.
+"""
+
+import contextlib
+import itertools
+import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import IO
 
 import numpy as np
+import pyarrow as pa
 
-from model.features import Arrays
-
-log = logging.getLogger("adstocrat")
-
-
-def raw_file() -> IO[bytes]:
-    """A temporary file as NumPy reads and writes it without a copy."""
-    return tempfile.TemporaryFile(prefix="adstocrat-", buffering=0)
+from model.features import SPLIT, Arrays, Examples, learnable, outcomes
+from schemas.contract import Contract
 
 
 class Kept:
-    """Blocks of arrays, written as they pass by, and read again in any order.
+    """Record batches in a file, each read again as it was put; none where they would fill more than half of what is free of the disk."""
 
-    Args:
-        file: where to, a `raw_file`.
-        rows: that will pass by: blocks that would fill more than half of the disk are not kept.
-    """
+    def __init__(self, file: IO[bytes]):
+        self._file, self._room = file, shutil.disk_usage(tempfile.gettempdir()).free // 2
+        self._ends: list[int] | None = [0]
 
-    def __init__(self, file: IO[bytes], rows: int):
-        self._file, self._rows, self._names = file, rows, list[str]()
-        self._starts: list[int] | None = []
+    def put(self, batch: pa.RecordBatch) -> None:
+        if self._ends is None or not len(batch):
+            return
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        end = self._ends[-1] + self._file.write(sink.getvalue())
+        self._ends.append(end)
+        if end > self._room:
+            self._file.truncate(0)
+            self._ends = None
 
-    def keep(self, blocks: Iterable[Arrays]) -> Iterator[Arrays]:
-        """The blocks themselves."""
-        for block in blocks:
-            if self._starts == [] and self._too_many(block):
-                self._starts = None
-            if self._starts is not None:
-                self._starts.append(self._file.tell())
-                self._names = list(block)
-                for array in block.values():
-                    np.save(self._file, array)
-            yield block
+    def again(self, rng: np.random.Generator) -> Iterator[pa.RecordBatch] | None:
+        """The batches in a random order; None where they were not kept."""
+        return None if self._ends is None else self._read(rng.permutation(list(itertools.pairwise(self._ends))).tolist())
 
-    def again(self, rng: np.random.Generator) -> Iterator[Arrays] | None:
-        """The blocks in a random order; None where they were not kept."""
-        return None if self._starts is None else self._read(rng.permutation(self._starts).tolist())
+    def _read(self, spans: list[tuple[int, int]]) -> Iterator[pa.RecordBatch]:
+        for start, end in spans:
+            with pa.ipc.open_stream(os.pread(self._file.fileno(), end - start, start)) as reader:
+                yield reader.read_next_batch()
 
-    def _read(self, starts: list[int]) -> Iterator[Arrays]:
-        for start in starts:
-            self._file.seek(start)
-            yield {name: np.load(self._file) for name in self._names}
 
-    def _too_many(self, block: Arrays) -> bool:
-        rows = max(len(array) for array in block.values())
-        size, free = (
-            self._rows * sum(array.nbytes for array in block.values()) / max(rows, 1),
-            shutil.disk_usage(tempfile.gettempdir()).free,
-        )
-        if size > free / 2:
-            log.info("  train: %.1f GB are not kept on a disk with %.1f GB, so each epoch reads the lake", size / 1e9, free / 1e9)
-        return size > free / 2
+@contextlib.contextmanager
+def kept() -> Iterator[Kept]:
+    """In a file that ends with this."""
+    with tempfile.TemporaryFile(prefix="adstocrat-", buffering=0) as file:
+        yield Kept(file)
+
+
+@contextlib.contextmanager
+def read_once(examples: Examples, contract: Contract) -> Iterator[Examples]:
+    """The same examples without gate rows: all of them when they are read first, after that the labelled ones, from local disk."""
+    with kept() as rows:
+        read = False
+
+        def first() -> Iterator[pa.RecordBatch]:
+            for batch in examples(0):
+                left, split = learnable(batch)
+                left = left.append_column(SPLIT, pa.array(split))
+                rows.put(left.filter(pa.array(outcomes(left, contract)[1] > 0)))
+                yield left
+
+        def again(epoch: int) -> Iterator[pa.RecordBatch]:
+            nonlocal read
+            if not read:
+                read = True
+                return first()
+            return rows.again(np.random.default_rng(epoch)) or examples(epoch)
+
+        yield again
+
+
+def as_batch(arrays: Arrays) -> pa.RecordBatch:
+    """Arrays of shape (rows,) or (rows, n) as columns."""
+    columns = [
+        pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), array.shape[1]) if array.ndim == 2 else pa.array(array)
+        for array in arrays.values()
+    ]
+    return pa.RecordBatch.from_arrays(columns, list(arrays))
+
+
+def as_arrays(batch: pa.RecordBatch) -> Arrays:
+    """What `as_batch` was given."""
+    return {
+        name: column.flatten().to_numpy().reshape(len(batch), -1) if pa.types.is_fixed_size_list(column.type) else column.to_numpy()
+        for name, column in zip(batch.schema.names, batch.columns, strict=True)
+    }

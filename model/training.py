@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,12 @@ import pyarrow as pa
 
 from model import calibration, encoder, position, ranker, splits
 from model.descent import BESIDE, Descent, Progress, descend, deterministic, write
-from model.features import Arrays, Features, learnable, minibatches, month_of, outcomes
-from model.kept import Kept, raw_file
+from model.features import Arrays, Examples, Features, learnable, minibatches, month_of, outcomes
+from model.kept import Kept, as_arrays, as_batch, kept
 from model.seen import UNKNOWN, hashes_of_rows
 from model.survey import Survey, survey
 from schemas.ahead import ahead
 from schemas.contract import Contract
-
-Examples = Callable[[int], Iterator[pa.RecordBatch]]
 
 _POOL_ROWS = 65_536
 # A refresh begins with these weights of its parent made smaller, or it would go on to learn its rows by heart (Ash and Adams 2020).
@@ -300,10 +298,20 @@ def fit_rows(
 
     shares = np.array([replay.get(month, 1.0) for month in sorted(found.months)])
 
-    def batches(kept: Kept, epoch: int) -> Iterator[Arrays]:
+    def blocks(made: Kept, epoch: int, rng: np.random.Generator) -> Iterator[Arrays]:
+        if epoch and (again := made.again(rng)):
+            yield from map(as_arrays, again)
+            return
+        for block in train(epoch):
+            if epoch == 0:
+                made.put(as_batch(block))
+            yield block
+
+    def batches(made: Kept, epoch: int) -> Iterator[Arrays]:
         rng = np.random.default_rng([seed, epoch])
-        blocks = kept.keep(train(epoch)) if epoch == 0 else kept.again(rng) or train(epoch)
-        for batch in minibatches((taken(block, shares, settings.negatives, rng) for block in blocks), size, _POOL_ROWS, rng):
+        for batch in minibatches(
+            (taken(block, shares, settings.negatives, rng) for block in blocks(made, epoch, rng)), size, _POOL_ROWS, rng
+        ):
             if "categorical" in batch:
                 batch["categorical"][rng.random(batch["categorical"].shape, np.float32) < settings.hidden_categories] = UNKNOWN
             if "embedding" in batch:
@@ -317,9 +325,8 @@ def fit_rows(
             tune[:] = minibatches(tune[:], ranker.BATCH, 0, None)
 
     descent = Descent(read, found.impressions, size, epochs, rate, settings.patience, ranker.PRECISIONS, levels)
-    with raw_file() as file:
-        kept = Kept(file, found.rows)
-        told, levels = descend(model, lambda epoch: ahead(batches(kept, epoch)), tune, descent, progress)
+    with kept() as made:
+        told, levels = descend(model, lambda epoch: ahead(batches(made, epoch)), tune, descent, progress)
     told |= {"values_sharing_an_id": float(shared[:-1].max(initial=0.0) / max(shared[-1], 1.0))}
     progress(f"values that share an id, in the column with the most: {told['values_sharing_an_id']:.2%} of impressions")
     return {"rows": found.rows, "clicks": found.clicks, "impressions": found.impressions, **told}, levels, tune

@@ -1,36 +1,85 @@
-"""What is kept of the first epoch is read again whole, in another order each time, and nothing is kept where there is no room."""
+"""What is kept is read again as it was, in another order each time, and nothing is kept where there is no room."""
+
+from collections.abc import Iterator
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from model import kept
-from model.kept import Kept, raw_file
+from model import kept, splits
+from model.features import learnable
+from model.kept import as_arrays, as_batch, read_once
+from schemas.contract import Column, Contract
 
-BLOCKS = [{"a": np.arange(i, i + 3, dtype=np.float32), "b": np.full((3, 2), i, np.int32)} for i in range(0, 30, 3)]
-BYTES = 3 * 4 + 6 * 4
+BATCHES = [pa.record_batch({"a": [i, i + 1, i + 2], "b": [f"b{i}", None, ""]}) for i in range(0, 30, 3)]
+CONTRACT = Contract(
+    (
+        Column("ad", "bytes", frozenset({"key"}), required=True),
+        Column("clicks", "int", frozenset({"clicks"})),
+        Column("impressions", "int", frozenset({"impressions"})),
+    )
+)
 
 
-def test_blocks_come_again_whole_and_in_another_order() -> None:
-    with raw_file() as file:
-        held = Kept(file, 30)
-        assert list(held.keep(BLOCKS)) == BLOCKS
-        orders = []
+def test_batches_come_again_as_they_were_and_in_another_order() -> None:
+    orders = []
+    with kept.kept() as held:
+        for batch in (BATCHES[0].slice(0, 0), *BATCHES):
+            held.put(batch)
         for seed in range(3):
             again = held.again(np.random.default_rng(seed))
             assert again is not None
             found = list(again)
-            orders.append([int(block["a"][0]) for block in found])
-            for block in found:
-                expected = BLOCKS[int(block["a"][0]) // 3]
-                assert block.keys() == expected.keys()
-                assert all(block[name].dtype == array.dtype and np.array_equal(block[name], array) for name, array in expected.items())
-    assert all(sorted(order) == list(range(0, 30, 3)) for order in orders) and len({tuple(order) for order in orders}) == 3
+            assert all(batch.equals(BATCHES[batch["a"][0].as_py() // 3]) for batch in found)
+            orders.append(tuple(batch["a"][0].as_py() for batch in found))
+    assert all(sorted(order) == list(range(0, 30, 3)) for order in orders) and len(set(orders)) == 3
 
 
-@pytest.mark.parametrize(("free", "room"), [(20 * BYTES + 1, True), (20 * BYTES - 1, False)])
-def test_half_of_the_disk_is_left(monkeypatch: pytest.MonkeyPatch, free: int, room: bool) -> None:
-    monkeypatch.setattr(kept.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free}))
-    with raw_file() as file:
-        held = Kept(file, 30)
-        assert list(held.keep(BLOCKS)) == BLOCKS
-        assert (held.again(np.random.default_rng(0)) is not None) == room and (file.tell() > 0) == room
+def test_half_of_the_disk_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2_000}))
+    with kept.kept() as held:
+        held.put(BATCHES[0])
+        assert held.again(np.random.default_rng(0)) is not None
+        for batch in BATCHES:
+            held.put(batch)
+        assert held.again(np.random.default_rng(0)) is None and not held._file.seek(0, 2)
+
+
+def test_arrays_survive_as_batches() -> None:
+    rng = np.random.default_rng(0)
+    arrays = {
+        "categorical": rng.integers(0, 9, (5, 3)).astype(np.int32),
+        "embedding": rng.standard_normal((5, 4), np.float32),
+        "clicks": rng.random(5).astype(np.float32),
+        "month": np.arange(5, dtype=np.int32),
+    }
+    found = as_arrays(as_batch(arrays))
+    assert list(found) == list(arrays)
+    for name, array in arrays.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array)
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_the_lake_is_read_once_unless_there_is_no_room(monkeypatch: pytest.MonkeyPatch, room: bool) -> None:
+    if not room:
+        monkeypatch.setattr(kept.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 0}))
+    epochs = list[int]()
+    keys = [f"k{i}" for i in range(400)]
+    columns = {"key": keys, "clicks": [0, None] * 200, "impressions": [7, None] * 200, "creative": pa.nulls(400, pa.string())}
+    lake = pa.record_batch(columns)
+
+    def examples(epoch: int) -> Iterator[pa.RecordBatch]:
+        epochs.append(epoch)
+        yield from (lake.slice(start, 100) for start in range(0, 400, 100))
+
+    def found(batches: Iterator[pa.RecordBatch]) -> dict[str, int]:
+        return {key: split for rows, of in map(learnable, batches) for key, split in zip(rows["key"].to_pylist(), of.tolist(), strict=True)}
+
+    plain = found(examples(0))
+    assert splits.GATE not in plain.values() and len(plain) < 400
+    with read_once(examples, CONTRACT) as once:
+        assert found(once(0)) == plain
+        for epoch in (0, 1):
+            assert found(once(epoch)) == ({key: split for key, split in plain.items() if int(key[1:]) % 2 == 0} if room else plain)
+    assert epochs == ([0, 0] if room else [0, 0, 0, 1])
