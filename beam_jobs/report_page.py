@@ -255,14 +255,12 @@ def index(storage: Storage) -> dict:
             judged[realised["month"]] = found
         unread = PUBLISHED if run.published else UNFINISHED
         status = REPLACED if replaced else summary.status if summary else unread
+        served = current == Current(run.month, run.id)
         lines.append(
             [
                 Cell(run.month, link=f"{run.month}/{run.id}/report.html" if summary else ""),
                 Cell(run.id),
-                Cell(
-                    "current" if current == Current(run.month, run.id) else status,
-                    alarm=status == STOPPED and current != Current(run.month, run.id),
-                ),
+                Cell("current" if served else status, alarm=status == STOPPED and not served),
                 Cell(run.inputs["created"][:16]),
                 Cell(run.published[:16]),
                 *([Cell(number.value) for number in summary.numbers] if summary else [Cell("")] * 4),

@@ -51,8 +51,8 @@ def train_encoder(run: MonthRun) -> Manifest:
     from model import encoder_training, tensorflow
 
     tensorflow.load()
-    lake_examples = functools.partial(examples, run, None)
-    with registry.local_folder() as folder, _backbone(run) as backbone, read_once(lake_examples, run.contract) as rows:
+    once = read_once(functools.partial(examples, run, None), run.contract)
+    with registry.local_folder() as folder, _backbone(run) as backbone, once as rows:
         summary = _learnt(
             run,
             lambda: encoder_training.train_encoder(

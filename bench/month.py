@@ -19,8 +19,9 @@ from schemas.lake import month_after
 STAGES = tuple(stage.name for stage in _ALL)
 FIRST = lakes.MONTH
 SECOND = month_after(FIRST, 1)
-# A part of the months' own times: all else costs by the row or by the creative.
+# What costs by the new creative.
 _CREATIVES = ("creatives", "embed")
+# Seconds: of a stage that takes less, most is its start, and how that grows says nothing.
 _LEAST = 2.0
 
 

@@ -12,7 +12,7 @@ def crc32c(data: bytes) -> str:
     """Base64 of the big-endian CRC32C, as Google Cloud Storage reports it."""
     import google_crc32c
 
-    return base64.b64encode(google_crc32c.value(data).to_bytes(4, "big")).decode()
+    return _encoded(google_crc32c.Checksum(data))
 
 
 def crc32c_of_file(path: pathlib.Path) -> str:
@@ -23,7 +23,7 @@ def crc32c_of_file(path: pathlib.Path) -> str:
     with path.open("rb") as stream:
         for _ in checksum.consume(stream, _CHUNK):
             pass
-    return base64.b64encode(checksum.digest()).decode()
+    return _encoded(checksum)
 
 
 def write_checked(path: pathlib.Path, parts: Iterable[Any]) -> str:
@@ -35,4 +35,8 @@ def write_checked(path: pathlib.Path, parts: Iterable[Any]) -> str:
         for part in parts:
             stream.write(part)
             checksum.update(part)
+    return _encoded(checksum)
+
+
+def _encoded(checksum: Any) -> str:
     return base64.b64encode(checksum.digest()).decode()
