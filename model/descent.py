@@ -128,10 +128,15 @@ def descend(
 
 
 def deterministic(seed: int) -> None:
-    """Everything random from here on follows from the seed."""
+    """Everything random from here on follows from the seed, and layers are named as in a new process.
+
+    TensorFlow orders the terms of a sum by the names of its operations, and `add_10` comes before `add_9`: a model that is built behind
+    others would differ in its last bits.
+    """
     import keras
     import tensorflow as tf
 
+    keras.utils.clear_session()
     keras.utils.set_random_seed(seed % (1 << 32))
     tf.config.experimental.enable_op_determinism()
 
