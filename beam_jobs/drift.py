@@ -20,6 +20,7 @@ from beam_jobs import statistics
 from beam_jobs.config import ALARMS
 from beam_jobs.run import AlarmError, MonthRun, kept
 from beam_jobs.statistics import IMAGES, LABELLED, Sketch, Sketches
+from model.features import embedding_matrix
 from schemas import lake
 from schemas.contract import Column, Contract
 from schemas.parquet import read_parquet
@@ -369,8 +370,7 @@ def _embedded(run: MonthRun, month: str, id: str) -> dict[str, np.ndarray]:
     for receipt in manifest.receipts if manifest else ():
         for batch in read_parquet(run.storage, receipt.file) if receipt.file and len(found) < _SEEN else ():
             known = batch.filter(batch["embedding"].is_valid())
-            matrix = np.asarray(known["embedding"].flatten()).reshape(len(known), -1)
-            found.update(zip(known["creative"].to_pylist(), matrix, strict=True))
+            found.update(zip(known["creative"].to_pylist(), embedding_matrix(known["embedding"]), strict=True))
     return {creative: found[creative] for creative in sorted(found)[:_SEEN]}
 
 

@@ -31,6 +31,7 @@ from beam_jobs.inference import EncoderHandler, Named
 from beam_jobs.run import MonthRun
 from beam_jobs.workers import Listed, gpu_hints, on_gpu
 from model.encoder import EMBEDDING_WIDTH
+from model.features import embedding_type
 from schemas import lake
 from schemas.hashing import shard_of_column
 from schemas.lake import Receipt, embeddings_folder, shard_of_unit
@@ -39,7 +40,7 @@ from schemas.storage import Storage
 
 # A batch of thumbnails is 12 MiB.
 _BATCH_THUMBNAILS = 1024
-_EMBEDDED = pa.schema([("creative", pa.string()), ("embedding", pa.list_(pa.float32(), EMBEDDING_WIDTH))])
+_EMBEDDED = pa.schema([("creative", pa.string()), ("embedding", embedding_type(EMBEDDING_WIDTH))])
 _WANTED = pa.schema([("creative", pa.string()), ("shard", pa.int32())])
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 from apache_beam.ml.inference.base import ModelHandler
 
-from beam_jobs.join import embedding_matrix
 from model import images, registry
+from model.features import embedding_column
 from schemas.storage import Storage
 
 Named = tuple[str, pa.RecordBatch]
@@ -51,7 +51,7 @@ class EncoderHandler(_BatchHandler[Any]):
         side = images.THUMBNAIL_SIZE
         packed = b"".join(thumbnails["thumbnail"].to_pylist())
         pixels = np.frombuffer(packed, np.uint8).reshape(-1, side, side, 3)
-        columns = [thumbnails["creative"], embedding_matrix(model.embed(pixels))]
+        columns = [thumbnails["creative"], embedding_column(model.embed(pixels))]
         return [(name, pa.RecordBatch.from_arrays(columns, ["creative", "embedding"]))]
 
 

@@ -7,13 +7,12 @@ import functools
 import random
 from collections.abc import Iterator
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_jobs.run import MonthRun
 from model import images
-from model.features import MONTH
+from model.features import MONTH, embedding_type
 from schemas import lake
 from schemas.ahead import ahead
 from schemas.lake import Manifest, Receipt, embeddings_folder, shard_of_unit
@@ -31,7 +30,7 @@ class ShardImages:
         self._names, self._creatives, self._status = (table[name].combine_chunks() for name in INDEX.names)
         self._vectors = None
         if width is not None:
-            schema = pa.schema([("creative", pa.string()), ("embedding", pa.list_(pa.float32(), width))])
+            schema = pa.schema([("creative", pa.string()), ("embedding", embedding_type(width))])
             embedded = _table(storage, embeddings, schema)
             at = pc.index_in(self._creatives, embedded["creative"].combine_chunks())
             self._vectors = embedded["embedding"].combine_chunks().take(at)
@@ -110,9 +109,3 @@ def examples(run: MonthRun, encoder: str | None, epoch: int) -> Iterator[pa.Reco
 def month_rows(run: MonthRun, month: str, id: str, encoder: str | None) -> MonthRows:
     """A month's rows, their manifests read once a process."""
     return MonthRows(run, month, id, encoder)
-
-
-def embedding_matrix(embeddings: np.ndarray) -> pa.Array:
-    """Embeddings, float32 (n, width), as an Arrow column of fixed-size lists; null where there is a NaN."""
-    failed = pa.array(np.isnan(embeddings).any(axis=1))
-    return pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1), pa.float32()), embeddings.shape[1], mask=failed)

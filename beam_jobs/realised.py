@@ -147,7 +147,6 @@ def position_effect(ranker: Any, contract: Contract, positions: np.ndarray) -> n
     columns: dict[str, pa.Array] = {"key": pa.repeat("", rows)}
     columns |= {column.name: pa.nulls(rows, column.arrow_type) for column in contract.kept}
     columns |= {contract.position.name: at.cast(contract.position.arrow_type), "creative": pa.nulls(rows, pa.string())}
-    columns["embedding"] = pa.nulls(rows, pa.list_(pa.float32(), max(ranker.features.embedding_width, 1)))
     there, reference = (ranker.predict(pa.record_batch(columns), at_reference=which) for which in (False, True))
     return (np.log(there) - np.log1p(-there) - np.log(reference) + np.log1p(-reference))[inverse]
 

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from bench import harness, pictures
 from bench.harness import ADSTOCRAT, Bar, Clock, Told
 from bench.score import fresh
+from model.features import embedding_column
 
 MONTH, BATCH = "2026-08", 1024
 
@@ -118,7 +119,7 @@ def bare(flags: argparse.Namespace) -> Told:
         looked = pool.map(look, names)
         while some := list(itertools.islice(left, BATCH)):
             vectors = encoder.embed(np.stack(list(itertools.islice(looked, len(some)))))
-            table = pa.table({"image": some, "embedding": list(vectors)})
+            table = pa.table({"image": some, "embedding": embedding_column(vectors)})
             writer = writer or pq.ParquetWriter(flags.work / "bare.parquet", table.schema)
             writer.write_table(table)
     assert writer
@@ -191,7 +192,8 @@ def check(flags: argparse.Namespace, lake: str) -> float:
     worst = 0.0
     for name, vector in zip(theirs["image"].to_pylist(), theirs["embedding"].to_pylist(), strict=True):
         creative = hashlib.sha256(storage.read(name)).hexdigest()
-        worst = max(worst, float(np.abs(np.array(vector) - np.array(by_creative[creative])).max()))
+        mine_of, theirs_of = (np.frombuffer(one, "<f4") for one in (by_creative[creative], vector))
+        worst = max(worst, float(np.abs(mine_of - theirs_of).max()))
     return worst
 
 

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from bench import harness
 from bench.harness import Bar, Clock, Told
 from bench.score import fresh
+from model.features import embedding_column, embedding_matrix
 
 CREATIVES, WIDTH, MILLION, FEW = 200_000, 64, 1_000_000, 100
 
@@ -32,7 +33,7 @@ def lay_out(folder: pathlib.Path, rows: int, creatives: int) -> None:
         return
     making, rng = fresh(folder.with_suffix(".part")), np.random.default_rng(0)
     names = pa.array([f"cr{number:08d}.jpg" for number in range(creatives)])
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(rng.standard_normal(creatives * WIDTH, np.float32)), WIDTH)
+    vectors = embedding_column(rng.standard_normal((creatives, WIDTH), np.float32))
     pq.write_table(pa.table({"image": names, "embedding": vectors}), making / "embeddings.parquet", row_group_size=1 << 16)
     for start in range(0, rows, MILLION):
         count = min(MILLION, rows - start)
@@ -120,7 +121,7 @@ def stock(flags: argparse.Namespace) -> Told:
     def joined(image: str, sides: Any) -> Iterator[tuple[int, float]]:
         vectors = list(sides["embeddings"])
         for row in sides["rows"]:
-            yield 1, sum(vectors[0]) * (row["number"] % 1009)
+            yield 1, float(np.frombuffer(vectors[0], "<f4").sum(dtype=np.float64)) * (row["number"] % 1009)
 
     with beam.Pipeline(FnApiRunner()) as root:
         read = root | "Rows" >> beam.io.ReadFromParquet(str(folder / "rows-*.parquet"))
@@ -137,7 +138,7 @@ def stock(flags: argparse.Namespace) -> Told:
 
 
 def summed(numbers: pa.Array, vectors: pa.Array) -> tuple[int, float]:
-    matrix = vectors.flatten().to_numpy(zero_copy_only=False).reshape(-1, WIDTH)
+    matrix = embedding_matrix(vectors)
     return len(matrix), float(matrix.sum(axis=1, dtype=np.float64) @ (numbers.to_numpy() % 1009))
 
 

@@ -27,9 +27,8 @@ import pyarrow.compute as pc
 from months import CONTRACT, Month, months
 
 import model
-from beam_jobs.join import embedding_matrix
 from model import splits, tensorflow
-from model.features import MONTH
+from model.features import MONTH, embedding_column
 from model.training import Examples, Settings, train_ranker
 from schemas import lake
 
@@ -89,7 +88,7 @@ class Seed:
             batches = shown.combine_chunks().to_batches(1024)
             train_encoder(self.examples(window, None), lambda: iter(batches), CONTRACT, self.seed, folder, lambda line: None)
         pixels = np.frombuffer(b"".join(shown["thumbnail"].to_pylist()), np.uint8).reshape(-1, 64, 64, 3)
-        return embedding_matrix(Encoder.load(folder).embed(pixels))
+        return embedding_column(Encoder.load(folder).embed(pixels))
 
     def ranker(
         self,

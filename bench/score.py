@@ -139,7 +139,7 @@ def stock(flags: argparse.Namespace) -> Told:
     source = flags.work / f"joined-{flags.slice}"
     out = fresh(flags.work / "stock")
     with lakes.loads_timed() as loads:
-        schema = model_schema(pq.read_schema(next(source.iterdir())))
+        schema = pq.read_schema(next(source.iterdir()))
         with beam.Pipeline(FnApiRunner()) as root:
             _ = (
                 root
@@ -164,7 +164,7 @@ class RayModel:
         self.seconds = time.monotonic() - started
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        batch = table.cast(model_schema(table.schema)).combine_chunks().to_batches()[0]
+        batch = table.combine_chunks().to_batches()[0]
         return pa.table({"key": batch["key"], "p_click": self._ranker.predict(batch)})
 
 
@@ -204,14 +204,6 @@ def fresh(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def model_schema(schema: pa.Schema) -> pa.Schema:
-    """With embeddings of the length that the model takes; Parquet does not read lists of one length back where some are missing."""
-    from model.encoder import EMBEDDING_WIDTH
-
-    place = schema.get_field_index("embedding")
-    return schema.set(place, pa.field("embedding", pa.list_(pa.float32(), EMBEDDING_WIDTH))).remove_metadata()
-
-
 def lay_out(run: Any, folder: pathlib.Path, rows: int) -> None:
     """The first rows of the month, joined, in files of 500,000."""
     from beam_jobs.join import month_rows
@@ -225,8 +217,6 @@ def lay_out(run: Any, folder: pathlib.Path, rows: int) -> None:
         writer = None
         for batch in joined.batches(unit):
             if some := batch.slice(0, left):
-                place = some.schema.get_field_index("embedding")
-                some = some.set_column(place, "embedding", some["embedding"].cast(pa.list_(pa.float32())))
                 writer = writer or pq.ParquetWriter(making / f"{number:03d}.parquet", some.schema, compression="zstd", compression_level=1)
                 writer.write_batch(some)
                 left -= len(some)

@@ -14,6 +14,7 @@ from beam_jobs.config import Config
 from beam_jobs.run import MonthRun, prepare
 from beam_jobs.runner import run_pipeline
 from model import encoder, registry
+from model.features import embedding_column
 from schemas import lake
 from schemas.lake import Manifest, shard_of_unit
 from schemas.parquet import read_parquet, write_parquet
@@ -91,7 +92,7 @@ def direct(run: MonthRun, version: str, of: dict[str, bytes]) -> dict[str, np.nd
 def assert_embeddings(found: list[dict[str, Any]], expected: dict[str, np.ndarray]) -> None:
     assert sorted(row["creative"] for row in found) == sorted(expected)
     for row in found:
-        np.testing.assert_allclose(row["embedding"], expected[row["creative"]], atol=1e-5)
+        np.testing.assert_allclose(np.frombuffer(row["embedding"], np.float32), expected[row["creative"]], atol=1e-5)
 
 
 @pytest.mark.parametrize("month", MONTHS)
@@ -144,9 +145,12 @@ def test_thumbnails_are_named_by_where_they_start(tmp_path: pathlib.Path, monkey
 def test_a_creative_in_two_packs_is_written_once(tmp_path: pathlib.Path) -> None:
     """Two runs that looked at the same creative at the same time both have its embedding."""
     storage, width = Folder(str(tmp_path)), encoder.EMBEDDING_WIDTH
-    embeddings = pa.array([[2.0] * width, [1.0] * width, [2.0] * width], pa.list_(pa.float32(), width))
+    embeddings = embedding_column(np.repeat([[2.0], [1.0], [2.0]], width, axis=1))
     batch = pa.RecordBatch.from_pydict({"creative": ["b", "a", "b"], "shard": pa.array([0, 0, 0], pa.int32()), "embedding": embeddings})
     data, ((shard, section),) = spill_sections([batch], 1, embed._shard_column, "spill")
     storage.write("spill", data)
     receipt = embed.write_embeddings(Unit(shard, 0, (section,)), storage, "out")
-    assert [(row["creative"], row["embedding"][0]) for row in rows(storage, [receipt.file])] == [("a", 1.0), ("b", 2.0)]
+    assert [(row["creative"], np.frombuffer(row["embedding"], np.float32)[0]) for row in rows(storage, [receipt.file])] == [
+        ("a", 1.0),
+        ("b", 2.0),
+    ]

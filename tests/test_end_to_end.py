@@ -29,7 +29,7 @@ from beam_jobs.join import month_rows
 from beam_jobs.realised import position_effect
 from beam_jobs.run import kept
 from model import registry
-from model.features import Features
+from model.features import Features, embedding_column
 from model.images import thumbnail
 from schemas import contract as contracts
 from schemas import lake
@@ -147,7 +147,8 @@ def test_the_published_table_is_what_plain_code_computes(undisturbed: tuple[str,
     columns["key"] = pa.array(keys)
     columns["month_number"] = pa.array([lake.month_number(month)] * len(keys), pa.int32())
     columns["creative"] = pa.array([table[key]["creative"] for key in keys], pa.string())
-    columns["embedding"] = pa.array([None if i is None else embeddings[i] for i in found], pa.list_(pa.float32(), embeddings.shape[1]))
+    nothing = np.full(embeddings.shape[1], np.nan, np.float32)
+    columns["embedding"] = embedding_column(np.stack([nothing if i is None else embeddings[i] for i in found]))
     features = Features.from_json(json.loads((tmp_path / "ranker" / "spec.json").read_text())["features"])
     arrays = features.arrays(pa.RecordBatch.from_pydict(columns), at_reference=True)
     rank = tf.saved_model.load(str(tmp_path / "ranker" / "saved_model"))

@@ -3,7 +3,7 @@ import pyarrow as pa
 import pytest
 
 from model import splits
-from model.features import Features, fit, learnable, minibatches, outcomes
+from model.features import Features, embedding_column, embedding_matrix, embedding_type, fit, learnable, minibatches, outcomes
 from schemas.contract import Column, Contract
 
 CONTRACT = Contract(
@@ -30,7 +30,7 @@ def joined(rows: int, width: int = 4, seed: int = 0) -> pa.RecordBatch:
     some = rng.random(rows) < 0.2
     no_image = rng.random(rows) < 0.3
     creatives = np.array([f"{number:064x}" for number in rng.integers(0, 50, rows)], object)
-    embedding = [None if none else list(vector) for none, vector in zip(no_image, rng.normal(size=(rows, width)), strict=True)]
+    embedding = embedding_column(np.where(no_image[:, None], np.nan, rng.normal(size=(rows, width))))
     return pa.RecordBatch.from_pydict(
         {
             "key": [f"k{i}" for i in range(rows)],
@@ -44,7 +44,7 @@ def joined(rows: int, width: int = 4, seed: int = 0) -> pa.RecordBatch:
             "impressions": pa.array(rng.integers(0, 20, rows), mask=some),
             "clicks": pa.array(rng.integers(0, 2, rows), mask=some),
             "creative": pa.array(creatives, pa.string(), mask=no_image),
-            "embedding": pa.array(embedding, pa.list_(pa.float32(), width)),
+            "embedding": embedding,
         }
     )
 
@@ -163,8 +163,21 @@ def test_learnable_drops_gate_rows(batch: pa.RecordBatch) -> None:
 
 
 def test_another_encoders_width_is_refused(features: Features) -> None:
-    with pytest.raises(ValueError, match=r"expected fixed_size_list<float>\[4\]"):
+    with pytest.raises(ValueError, match=r"type fixed_size_binary\[12\]; expected fixed_size_binary\[16\], 4 float32"):
         features.arrays(joined(5, width=3), True)
+
+
+def test_embeddings_as_a_column_and_back() -> None:
+    vectors = np.arange(12, dtype=np.float64).reshape(4, 3)
+    vectors[2, 1] = np.nan
+    column = embedding_column(vectors)
+    assert column.type == embedding_type(3) and column.is_valid().to_pylist() == [True, True, False, True]
+    np.testing.assert_array_equal(embedding_matrix(column), vectors.astype(np.float32))
+    np.testing.assert_array_equal(embedding_matrix(column.slice(1, 2)), vectors[1:3].astype(np.float32))
+    np.testing.assert_array_equal(embedding_matrix(column.take(pa.array([3, None, 0])))[[0, 2]], vectors[[3, 0]].astype(np.float32))
+    for none in (embedding_column(vectors[:0]), pa.nulls(0, embedding_type(3)), column.slice(4)):
+        assert embedding_matrix(none).shape == (0, 3)
+    assert embedding_matrix(pa.nulls(2, embedding_type(3))).shape == (2, 3)
 
 
 def test_minibatches_lose_no_row_and_fill_the_last() -> None:

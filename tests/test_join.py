@@ -5,9 +5,10 @@ import pyarrow as pa
 import pytest
 
 from beam_jobs.config import Config
-from beam_jobs.join import INDEX, MonthRows, ShardImages, embedding_matrix, examples
+from beam_jobs.join import INDEX, MonthRows, ShardImages, examples
 from beam_jobs.run import MonthRun, StageError
 from model import images
+from model.features import embedding_column
 from schemas import lake
 from schemas.contract import Column, Contract
 from schemas.lake import Manifest, Receipt, embeddings_folder
@@ -39,8 +40,8 @@ def index_of(names: dict[str, tuple[str | None, str]]) -> pa.RecordBatch:
 
 
 def embeddings_of(vectors: dict[str, list[float]]) -> pa.RecordBatch:
-    matrix = embedding_matrix(np.array(list(vectors.values()), np.float32))
-    return pa.RecordBatch.from_arrays([pa.array(list(vectors)), matrix], ["creative", "embedding"])
+    column = embedding_column(np.array(list(vectors.values()), np.float32))
+    return pa.RecordBatch.from_arrays([pa.array(list(vectors)), column], ["creative", "embedding"])
 
 
 def join(storage: Folder, rows: pa.RecordBatch, width: int | None, indexed: bool = True, embedded: bool = True) -> pa.RecordBatch:
@@ -64,8 +65,8 @@ def test_each_row_finds_its_image(storage: Folder, rows: slice, width: int | Non
     assert list(zip(joined["creative"].to_pylist(), joined["image_status"].to_pylist(), strict=True)) == EXPECTED[rows]
     assert ("embedding" in joined.schema.names) is (width is not None)
     if width:
-        assert joined["embedding"].to_pylist() == [EMBEDDINGS.get(creative or "") for creative, _ in EXPECTED[rows]]
-        assert joined.schema.field("embedding").type == pa.list_(pa.float32(), width)
+        expected = [EMBEDDINGS.get(creative or "", [np.nan] * width) for creative, _ in EXPECTED[rows]]
+        assert joined["embedding"] == embedding_column(np.array(expected, np.float32).reshape(-1, width))
 
 
 @pytest.mark.parametrize("embedded", [False, True])
@@ -135,11 +136,3 @@ def test_each_epoch_has_all_rows_in_its_own_order(storage: Folder) -> None:
     assert names(0) == names(0) != names(1)
     assert names(0) != names(0, seed=1)
     assert sorted(names(0)) == sorted(names(1)) and len(names(0)) == 2 * 21
-
-
-def test_embedding_matrix() -> None:
-    vectors = np.arange(6, dtype=np.float32).reshape(2, 3)
-    column = embedding_matrix(vectors)
-    assert column.type == pa.list_(pa.float32(), 3)
-    np.testing.assert_array_equal(column.to_pylist(), vectors)
-    assert len(embedding_matrix(vectors[:0])) == 0

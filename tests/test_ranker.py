@@ -35,7 +35,6 @@ def joined(flip_gate: bool = False) -> pa.RecordBatch:
     no_image = rng.random(ROWS) < 0.1
     log_odds = 0.2 * (campaign - 5) + vectors[creative, 0] * ~no_image - 0.5 * position
     clicks = rng.binomial(10, 1 / (1 + np.exp(-log_odds)))
-    embedding = [None if none else vectors[number] for none, number in zip(no_image, creative, strict=True)]
     batch = pa.RecordBatch.from_pydict(
         {
             "key": [f"k{i}" for i in range(ROWS)],
@@ -44,7 +43,7 @@ def joined(flip_gate: bool = False) -> pa.RecordBatch:
             "position": position,
             "impressions": pa.array(np.full(ROWS, 10), mask=rng.random(ROWS) < 0.1),
             "creative": pa.array([f"{i:064x}" for i in creative], mask=no_image),
-            "embedding": pa.array(embedding, pa.list_(pa.float32(), encoder.EMBEDDING_WIDTH)),
+            "embedding": features.embedding_column(np.where(no_image[:, None], np.nan, vectors[creative])),
         }
     )
     if flip_gate:
