@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import scipy.sparse as sparse
-from months import CONTRACT, Month
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import OneHotEncoder
 
+from bench.months import CONTRACT, Month
 from model import splits
 from schemas import lake
 

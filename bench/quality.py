@@ -24,9 +24,9 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from months import CONTRACT, Month, months
 
 import model
+from bench.months import CONTRACT, Month, months
 from model import splits, tensorflow
 from model.features import MONTH, embedding_column
 from model.training import Examples, Settings, train_ranker
@@ -158,7 +158,7 @@ class Gate:
 
 
 def ladder(seeds: list[Seed]) -> None:
-    from peers import Peers, colour_statistics, planted
+    from bench.peers import Peers, colour_statistics, planted
 
     found: dict[str, list[dict[str, float]]] = {}
     for seed in seeds:
@@ -295,7 +295,7 @@ def refreshed(work: pathlib.Path, seed: int) -> dict[str, float]:
 
 
 def real(folder: pathlib.Path | None) -> None:
-    from criteo import folds
+    from bench.criteo import folds
 
     if not folder:
         print("\n5. real rows")
