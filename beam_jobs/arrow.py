@@ -197,15 +197,15 @@ class _Spill(beam.DoFn):
         if not sum(batch.num_rows for batch in batches):
             return []
         name = lake.unique(self._spill, "spill", ".arrows")
-        data, addressed = spill_sections(batches, self._shards, self._assign, name)
-        self._storage.write(name, data)
+        pieces, addressed = spill_sections(batches, self._shards, self._assign, name)
+        self._storage.write(name, *pieces)
         return addressed
 
 
 def spill_sections(
     batches: list[pa.RecordBatch], shards: int, assign: Callable[[pa.RecordBatch], np.ndarray], name: str
-) -> tuple[bytes, list[tuple[int, Section]]]:
-    """The bytes of one spill file, and for each shard in it where its section lies."""
+) -> tuple[list[bytes], list[tuple[int, Section]]]:
+    """The bytes of one spill file, in pieces, and for each shard in it where its section lies."""
     table = pa.Table.from_batches(batches)
     if table.num_rows < _SMALL_ROWS * len(batches):
         table = table.combine_chunks()
@@ -232,7 +232,7 @@ def spill_sections(
         addressed.append((shard, Section(name, offset, piece.size, rows.num_rows, crc32c(piece))))
         pieces.append(piece)
         offset += piece.size
-    return b"".join(pieces), addressed
+    return pieces, addressed
 
 
 def cut_into_units(grouped: tuple[int, Iterable[Section]], unit_rows: int | None) -> Iterator[Unit]:

@@ -97,8 +97,8 @@ def build(storage: Folder, rows: int) -> float:
 
     def spill() -> None:
         name = lake.unique("spill", "spill", ".arrows")
-        data, addressed = spill_sections(batches, shards, lambda batch: lookup.shard_of_key(batch, shards), name)
-        storage.write(name, data)
+        pieces, addressed = spill_sections(batches, shards, lambda batch: lookup.shard_of_key(batch, shards), name)
+        storage.write(name, *pieces)
         for shard, section in addressed:
             sections[shard].append(section)
         batches.clear()

@@ -65,8 +65,8 @@ class Storage(abc.ABC):
         """A stream over the object that fetches and holds `chunk` bytes of it at a time. Raises FileNotFoundError."""
 
     @abc.abstractmethod
-    def write(self, name: str, data: bytes) -> None:
-        """Write whole, never half; the name should be unique to the attempt."""
+    def write(self, name: str, *parts: bytes) -> None:
+        """Write the parts as one, whole, never half; the name should be unique to the attempt."""
 
     @abc.abstractmethod
     def create(self, name: str, data: bytes) -> bool:
@@ -188,8 +188,8 @@ class Folder(Storage):
     def open(self, name: str, chunk: int = STREAM_CHUNK) -> BinaryIO:
         return open(self._root / name, "rb")
 
-    def write(self, name: str, data: bytes) -> None:
-        self._replace(self._root / name, data)
+    def write(self, name: str, *parts: bytes) -> None:
+        self._replace(self._root / name, *parts)
 
     def create(self, name: str, data: bytes) -> bool:
         path = self._root / name
@@ -222,7 +222,7 @@ class Folder(Storage):
 
     def upload(self, path: pathlib.Path, name: str) -> None:
         target = self._root / name
-        temporary = self._temporary(target, b"")
+        temporary = self._temporary(target)
         may_link = path.stat().st_gid == temporary.stat().st_gid  # A lake that several share may give its files a group.
         temporary.unlink()
         if not (may_link and _linked(path, temporary)):
@@ -242,14 +242,15 @@ class Folder(Storage):
             shutil.rmtree(self._root / prefix, ignore_errors=True)
 
     @told()
-    def _temporary(self, path: pathlib.Path, data: bytes) -> pathlib.Path:
+    def _temporary(self, path: pathlib.Path, *parts: bytes) -> pathlib.Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-        temporary.write_bytes(data)
+        with temporary.open("wb") as stream:
+            stream.writelines(parts)
         return temporary
 
-    def _replace(self, path: pathlib.Path, data: bytes) -> None:
-        os.replace(self._temporary(path, data), path)
+    def _replace(self, path: pathlib.Path, *parts: bytes) -> None:
+        os.replace(self._temporary(path, *parts), path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,8 +316,8 @@ class Bucket(Storage):
         reader = self._found(name).open("rb", chunk_size=chunk, retry=again, timeout=READ_TIMEOUT)
         return io.BufferedReader(reader, chunk)
 
-    def write(self, name: str, data: bytes) -> None:
-        self._put(name, data)
+    def write(self, name: str, *parts: bytes) -> None:
+        self._put(name, b"".join(parts))
 
     def create(self, name: str, data: bytes) -> bool:
         return self._conditional(name, 0, data)
