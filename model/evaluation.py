@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from schemas.hashing import hash64_column, mix, salted
+from schemas.hashing import hash64_column, mix_all, salted
 
 REPLICATES = 400
 OVERALL, WARM, COLD = "overall", "warm", "cold"
@@ -179,8 +179,8 @@ def _replicate(values: np.ndarray, clusters: np.ndarray, chosen: Mapping[Segment
 def _weights(clusters: np.ndarray, replicates: int) -> np.ndarray:
     """Poisson(1) weights by cluster and replicate, float64 (clusters, replicates): a function of both alone."""
     # One hash of 64 bits is four weights.
-    streams = mix(np.arange(1, replicates // 4 + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
-    return _poisson_table()[mix(clusters[:, None] ^ streams).astype("<u8").view("<u2")]
+    streams = mix_all(np.arange(1, replicates // 4 + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    return _poisson_table()[mix_all(clusters[:, None] ^ streams).astype("<u8").view("<u2")]
 
 
 @functools.cache

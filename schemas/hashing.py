@@ -5,7 +5,7 @@ and the length by a last fold. `mix` is the finaliser of SplitMix64 (Steele, Lea
 Arrow column with one NumPy pass a word; `hash64` is the same for one value and needs no NumPy.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
@@ -13,13 +13,25 @@ if TYPE_CHECKING:
 
 _MASK = (1 << 64) - 1
 _SEED = 0x9E3779B97F4A7C15
+_FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
-def mix(h: Any) -> Any:
-    # Works on Python integers and on NumPy uint64 arrays alike; the masks only matter for the former.
-    h = (h ^ (h >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
-    h = (h ^ (h >> 27)) * 0x94D049BB133111EB & _MASK
+def mix(h: int) -> int:
+    h = (h ^ (h >> 30)) * _FACTORS[0] & _MASK
+    h = (h ^ (h >> 27)) * _FACTORS[1] & _MASK
     return h ^ (h >> 31)
+
+
+def mix_all(h: "np.ndarray") -> "np.ndarray":
+    """`mix` of each, uint64, in place: memory that is new costs more than what is done with it."""
+    import numpy as np
+
+    h ^= h >> np.uint64(30)
+    h *= np.uint64(_FACTORS[0])
+    h ^= h >> np.uint64(27)
+    h *= np.uint64(_FACTORS[1])
+    h ^= h >> np.uint64(31)
+    return h
 
 
 def salted(salt: str) -> int:
@@ -32,7 +44,7 @@ def hash64(value: bytes, start: int = _SEED) -> int:
     h = start
     for i in range(0, len(value), 8):
         h = mix(h ^ int.from_bytes(value[i : i + 8], "little"))
-    return int(mix(h ^ len(value)))
+    return mix(h ^ len(value))
 
 
 def hash64_column(column: "pa.Array", start: int = _SEED) -> "np.ndarray":
@@ -41,29 +53,28 @@ def hash64_column(column: "pa.Array", start: int = _SEED) -> "np.ndarray":
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    column = pc.fill_null(column.cast(pa.large_binary()), b"")
+    column = column.cast(pa.large_binary())
+    if column.null_count:
+        column = pc.fill_null(column, b"")
     rows = len(column)
-    offsets = np.frombuffer(column.buffers()[1], np.int64, rows + 1, column.offset * 8)
-    data = np.frombuffer(column.buffers()[2] or b"", np.uint8)[offsets[0] : offsets[-1]] if rows else np.empty(0, np.uint8)
+    offsets = np.frombuffer(column.buffers()[1], np.int64, rows + 1, column.offset * 8) if rows else np.zeros(1, np.int64)
+    data = np.frombuffer(column.buffers()[2] or b"", np.uint8)[offsets[0] : offsets[-1]]
     first, lengths = offsets[:-1] - offsets[0], np.diff(offsets)
     padded = np.zeros(len(data) + 8, np.uint8)
     padded[: len(data)] = data
     # Overlapping view of the 8 bytes that start at each offset.
-    words = np.lib.stride_tricks.as_strided(padded, (len(data) + 1, 8), (1, 1))
+    words = np.ndarray((len(data) + 1,), "<u8", padded, strides=(1,))
     hashes = np.full(rows, start, np.uint64)
-    active = np.arange(rows)
-    position = 0
-    while True:
-        active = active[lengths[active] > position]
-        if not len(active):
-            break
-        word = np.ascontiguousarray(words[first[active] + position]).view("<u8").ravel()
-        keep = np.minimum(lengths[active] - position, 8).astype(np.uint64)
-        shift = (np.uint64(8) - keep) * np.uint64(8)
-        word = (word << shift) >> shift
-        hashes[active] = mix(hashes[active] ^ word)
-        position += 8
-    return mix(hashes ^ lengths.astype(np.uint64))
+    shortest, longest = (int(lengths.min()), int(lengths.max())) if rows else (0, 0)
+    for position in range(0, longest, 8):
+        # Most columns have values of much the same length, and all rows at once need no gathering.
+        active = slice(None) if shortest > position else np.flatnonzero(lengths > position)
+        word = words[first[active] + position]
+        if shortest < position + 8:
+            shift = np.maximum(64 - 8 * (lengths[active] - position), 0).astype(np.uint64)
+            word = (word << shift) >> shift
+        hashes[active] = mix_all(hashes[active] ^ word)
+    return mix_all(hashes ^ lengths.astype(np.uint64))
 
 
 def shard_of_column(column: "pa.Array", salt: str, shards: int) -> "np.ndarray":
