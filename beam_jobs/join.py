@@ -35,9 +35,9 @@ class ShardImages:
             at = pc.index_in(self._creatives, embedded["creative"].combine_chunks())
             self._vectors = embedded["embedding"].combine_chunks().take(at)
 
-    def places(self, names: pa.ChunkedArray) -> pa.Array:
+    def places(self, names: pa.Array) -> pa.Array:
         """Where each image name stands in the index, int32; null for none. All rows' at once: each call builds a table of the index."""
-        return pc.index_in(names, self._names).combine_chunks()
+        return pc.index_in(names, self._names)
 
     def join(self, rows: pa.RecordBatch, image: pa.Array, places: pa.Array) -> pa.RecordBatch:
         """The rows, by their `image` names and the `places` of these, with `creative`, `image_status` and, with an encoder, `embedding`."""
@@ -82,12 +82,15 @@ class MonthRows:
         number = pa.scalar(lake.month_number(self._month), pa.int32())
 
         def joined() -> Iterator[pa.RecordBatch]:
-            names = [batch[image] for batch in read_parquet(self._run.storage, unit.file, [image])] if image else []
-            places, start = joiner.places(pa.chunked_array(names, pa.string())), 0
+            if image:
+                named = [batch[image] for batch in read_parquet(self._run.storage, unit.file, [image])]
+                names = pa.chunked_array(named, pa.string()).combine_chunks()
+            else:
+                names = pa.nulls(unit.rows, pa.string())
+            places, start = joiner.places(names), 0
             for rows in read_parquet(self._run.storage, unit.file):
-                of_rows = places.slice(start, len(rows)) if image else pa.nulls(len(rows), pa.int32())
-                named = rows[image] if image else pa.nulls(len(rows), pa.string())
-                yield joiner.join(rows, named, of_rows).append_column(MONTH, pa.repeat(number, len(rows)))
+                of_rows = slice(start, start + len(rows))
+                yield joiner.join(rows, names[of_rows], places[of_rows]).append_column(MONTH, pa.repeat(number, len(rows)))
                 start += len(rows)
 
         yield from ahead(joined())

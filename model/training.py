@@ -234,7 +234,7 @@ def labelled(examples: Examples, found: Survey, epoch: int) -> Iterator[tuple[Ar
             rows = kept.filter(pa.array(use))
             arrays = found.features.arrays(rows, at_reference=False)
             place = np.full(len(rows), min(int(np.searchsorted(months, month_of(batch))), len(months) - 1), np.int32)
-            beside = {"clicks": clicks[use], "impressions": impressions[use], "offset": np.zeros(len(rows), np.float32), "month": place}
+            beside = {"clicks": clicks[use], "impressions": impressions[use], "month": place}
             yield {**arrays, **beside}, split[use], rows
 
 
