@@ -17,7 +17,7 @@ from model.descent import Descent, Progress, descend, deterministic, write
 from model.features import Arrays, Examples, minibatches
 from model.seen import among
 from model.survey import NothingToLearnError, Survey, survey
-from model.training import Settings, fit_rows, labelled, logits_of
+from model.training import Settings, fit_rows, labelled, log_odds_of
 from schemas.contract import Contract
 from schemas.hashing import hash64_column
 
@@ -106,10 +106,10 @@ def _sums(examples: Examples, found: Survey, columns: Any, levels: np.ndarray) -
     A creative's rows count if their split is the creative's own: TRAIN rows of TRAIN creatives, TUNE rows of TUNE creatives.
     """
     names = ("clicks", "impressions", "expected")
-    sums = None
+    sums, log_odds = None, log_odds_of(columns, levels)
     for arrays, split, rows in labelled(examples, found, 0):
         use = (split == splits.split_of_creatives(rows["creative"])) & rows["creative"].is_valid().to_numpy(zero_copy_only=False)
-        logits = [logits_of(columns, part, levels) for part in minibatches([arrays], ranker.BATCH, 0, None)]
+        logits = [log_odds(part) for part in minibatches([arrays], ranker.BATCH, 0, None)]
         expected = ranker.probabilities(np.concatenate(logits)[: len(rows)]) * arrays["impressions"]
         values = (arrays["clicks"].astype(np.float64)[use], arrays["impressions"].astype(np.float64)[use], expected[use])
         part = pa.table({"creative": rows["creative"].filter(pa.array(use)), **dict(zip(names, values, strict=True))})

@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from model.survey import Survey, survey
 from schemas.ahead import ahead
 from schemas.contract import Contract
 
+LogOdds = Callable[[Arrays], np.ndarray]
 _POOL_ROWS = 65_536
 # A refresh begins with these weights of its parent made smaller, or it would go on to learn its rows by heart (Ash and Adams 2020).
 _KEPT, _KEPT_OF_ANOTHER = 0.6, 0.4
@@ -126,19 +127,20 @@ def train_ranker(
     kind = "scratch" if not start else "refresh" if start.same_encoder else "refresh with a new encoder"
     progress(f"{kind}: {found.rows:,} rows, {found.clicks:,.0f} clicks in {found.impressions:,.0f} impressions")
     summary, levels, tune = fit_rows(model, examples, found, seed, settings, epochs, settings.rate, progress, replay, first)
-    rest, hats, clicks, impressions = _without_position(model, tune, levels)
+    log_odds, effects = log_odds_of(model, levels), _effects(model)
+    rest, hats, clicks, impressions = _without_position(tune, log_odds, effects)
     if contract.position:
         # Where training was short, what it learnt of the position is as much too small as all the rest.
-        effects = _effects(model)
         scale, _ = calibration.fit(rest + hats @ effects, np.zeros(len(rest)), clicks, impressions)
-        effects = position.within_keys(_by_key(model, examples, found, levels), scale * effects)
-        model.get_layer("position_effect").set_weights([effects.astype(np.float32)[:, None]])
-    slope, shift = calibration.fit(rest, hats @ _effects(model), clicks, impressions)
+        told = position.within_keys(_by_key(examples, found, log_odds, effects), scale * effects)
+        effects = told.astype(np.float32)
+        model.get_layer("position_effect").set_weights([effects[:, None]])
+    slope, shift = calibration.fit(rest, hats @ effects, clicks, impressions)
     # What is scored is the newest month, and months differ in height.
     newest = labelled(lambda epoch: (b for b in examples(epoch) if month_of(b) == months[-1]), found, 0)
     batches = itertools.islice(minibatches((arrays for arrays, _, _ in newest), ranker.BATCH, 0, None), position.MOST_ROWS // ranker.BATCH)
-    rest, hats, clicks, impressions = _without_position(model, batches, levels)
-    shift += calibration.height(slope * rest + shift, hats @ _effects(model), clicks, impressions)
+    rest, hats, clicks, impressions = _without_position(batches, log_odds, effects)
+    shift += calibration.height(slope * rest + shift, hats @ effects, clicks, impressions)
     level = float(levels[-1]) + shift / slope
     model.get_layer("calibration").set_weights([np.array([[slope]], np.float32), np.array([slope * level], np.float32)])
     spec = {
@@ -193,12 +195,12 @@ def _warm_start(model: Any, start: Parent, found: Survey) -> None:
 
 
 def _by_key(
-    model: Any, examples: Examples, found: Survey, levels: np.ndarray
+    examples: Examples, found: Survey, log_odds: LogOdds, effects: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
     """TRAIN and TUNE rows as `position.within_keys` wants them, without history: a key's has its earlier positions in it."""
     for arrays, _, rows in labelled(examples, found, 0):
         bare = {**arrays, "history": np.zeros_like(arrays["history"])}
-        logits, *_ = _without_position(model, minibatches([bare], ranker.BATCH, 0, None), levels)
+        logits, *_ = _without_position(minibatches([bare], ranker.BATCH, 0, None), log_odds, effects)
         yield hashes_of_rows(rows["key"], "key"), arrays["clicks"], arrays["impressions"], logits[: len(rows)], arrays["position"]
 
 
@@ -207,21 +209,25 @@ def _effects(model: Any) -> np.ndarray:
     return next((layer.get_weights()[0][:, 0] for layer in model.layers if layer.name == "position_effect"), np.zeros(1, np.float32))
 
 
-def _without_position(model: Any, batches: Iterable[Arrays], levels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Log-odds of batches of `labelled` rows without the position's effect, (rows,), its hats, (rows, hats), clicks and impressions."""
-    effects = _effects(model)
+def _without_position(
+    batches: Iterable[Arrays], log_odds: LogOdds, effects: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Log-odds of batches of `labelled` rows without the position's effects, (rows,), its hats, (rows, hats), clicks and impressions."""
     parts = [(np.zeros(0, np.float32), np.zeros((0, len(effects)), np.float32), np.zeros(0, np.float32), np.zeros(0, np.float32))]
     for batch in batches:
         hats = batch.get("position", np.zeros((len(batch["clicks"]), 1), np.float32))
-        parts.append((logits_of(model, batch, levels) - hats @ effects, hats, batch["clicks"], batch["impressions"]))
+        parts.append((log_odds(batch) - hats @ effects, hats, batch["clicks"], batch["impressions"]))
     rest, hats, clicks, impressions = (np.concatenate(column) for column in zip(*parts, strict=True))
     return rest, hats, clicks, impressions
 
 
-def logits_of(model: Any, batch: Arrays, levels: np.ndarray) -> np.ndarray:
-    """Log-odds of a batch of `labelled` rows with their month's, float32 (rows,)."""
-    inputs = {name: array for name, array in batch.items() if name not in BESIDE}
-    return np.asarray(model(inputs, training=False)["logit"].numpy()[:, 0] + levels[batch["month"]])
+def log_odds_of(model: Any, levels: np.ndarray) -> LogOdds:
+    """From a batch of `labelled` rows to its log-odds with their month's, float32 (rows,), by the weights that the model has then."""
+    import tensorflow as tf
+
+    # As a graph: layer by layer from Python it takes several times as long.
+    logit = tf.function(lambda inputs: model(inputs, training=False)["logit"][:, 0])
+    return lambda batch: logit({name: array for name, array in batch.items() if name not in BESIDE}).numpy() + levels[batch["month"]]
 
 
 def labelled(examples: Examples, found: Survey, epoch: int) -> Iterator[tuple[Arrays, np.ndarray, pa.RecordBatch]]:

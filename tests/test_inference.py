@@ -8,6 +8,7 @@ import pytest
 
 from beam_jobs.inference import EncoderHandler, RankerHandler, scored
 from model import encoder, registry
+from model.features import embedding_column, embedding_matrix, embedding_type
 from schemas.storage import Folder
 
 NAN, INF = float("nan"), float("inf")
@@ -48,9 +49,7 @@ def joined(creatives: list[str | None]) -> pa.RecordBatch:
             "creative": pa.array(creatives, pa.string()),
             "image_status": pa.array(["ok" if creative else "missing" for creative in creatives], pa.string()),
             # The encoder failed on the creative "x".
-            "embedding": pa.array(
-                [[1.0, 2.0] if creative not in (None, "x") else None for creative in creatives], pa.list_(pa.float32(), 2)
-            ),
+            "embedding": embedding_column(np.array([[1.0, np.nan if creative in (None, "x") else 2.0] for creative in creatives])),
         }
     )
 
@@ -101,10 +100,8 @@ def test_encoder_handler_embeds_the_rows_it_got(tmp_path: pathlib.Path, part: sl
     batch = pa.RecordBatch.from_pydict({"creative": list("abcde"), "thumbnail": packed}).slice(part.start, part.stop - part.start)
     ((name, embedded),) = EncoderHandler(Folder(str(tmp_path)), "v").run_inference(("pack@0", batch), Mean())
     assert name == "pack@0" and embedded["creative"] == batch["creative"]
-    assert embedded.schema.field("embedding").type == pa.list_(pa.float32(), encoder.EMBEDDING_WIDTH)
-    np.testing.assert_array_equal(
-        np.array(embedded["embedding"].to_pylist()).reshape(-1, encoder.EMBEDDING_WIDTH), Mean().embed(pixels[part])
-    )
+    assert embedded.schema.field("embedding").type == embedding_type(encoder.EMBEDDING_WIDTH)
+    np.testing.assert_array_equal(embedding_matrix(embedded["embedding"]), Mean().embed(pixels[part]))
 
 
 @pytest.mark.parametrize(
