@@ -49,7 +49,9 @@ def joined(creatives: list[str | None]) -> pa.RecordBatch:
             "creative": pa.array(creatives, pa.string()),
             "image_status": pa.array(["ok" if creative else "missing" for creative in creatives], pa.string()),
             # The encoder failed on the creative "x".
-            "embedding": embedding_column(np.array([[1.0, np.nan if creative in (None, "x") else 2.0] for creative in creatives])),
+            "embedding": embedding_column(
+                np.array([[1.0, np.nan if creative in (None, "x") else 2.0] for creative in creatives]).reshape(-1, 2)
+            ),
         }
     )
 
