@@ -21,6 +21,8 @@ MAX_VALUES = 1 << 20
 # Expected clicks that a value is taken to have had at the base rate before anything is known of it.
 _PRIOR_CLICKS = 5.0
 _ROWS_AT_ONCE = 1 << 19
+# The columns of `History.arrays` that come first.
+OF_KEY_AND_CREATIVE = 4
 
 
 @dataclasses.dataclass(frozen=True)

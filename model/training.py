@@ -20,7 +20,7 @@ from model import calibration, encoder, position, ranker, splits
 from model.descent import BESIDE, Descent, Progress, descend, deterministic, write
 from model.features import Arrays, Examples, Features, learnable, minibatches, month_of, outcomes
 from model.kept import Kept, as_arrays, as_batch, kept
-from model.seen import UNKNOWN, hashes_of_rows
+from model.seen import OF_KEY_AND_CREATIVE, UNKNOWN, hashes_of_rows
 from model.survey import Survey, survey
 from schemas.ahead import ahead
 from schemas.contract import Contract
@@ -326,6 +326,8 @@ def fit_rows(
                 shown, known = drawn >= settings.hidden_images, drawn >= settings.hidden_images + settings.hidden_creatives
                 batch |= {"embedding": batch["embedding"] * shown, "has_image": batch["has_image"] * shown}
                 batch["creative"] = np.where(known, batch["creative"], UNKNOWN)
+                # Nor does its key have a history then. After years of months hardly a row would be left that shows what an image alone says.
+                batch["history"][:, :OF_KEY_AND_CREATIVE] *= known
             yield batch
         if epoch == 0:
             tune[:] = minibatches(tune[:], ranker.BATCH, 0, None)

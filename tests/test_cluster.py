@@ -75,6 +75,8 @@ def published(month: str) -> Published:
     champion, current = (lake.read_pointer(store, name, kind)[0] for name, kind in ((lake.CHAMPION, Champion), (lake.CURRENT, Current)))
     assert current is not None and current.month == month
     ledger = store.read_json(f"{lake.run_folder(month, current.run)}/ledger.json")
+    # How often a loaded emulator was asked again is no runner's doing.
+    ledger["counts"].pop("retries", None)
     return Published(champion, current, {name: value for name, value in ledger.items() if name not in ("used", "gate")})
 
 
