@@ -326,7 +326,7 @@ def fit_rows(
                 shown, known = drawn >= settings.hidden_images, drawn >= settings.hidden_images + settings.hidden_creatives
                 batch |= {"embedding": batch["embedding"] * shown, "has_image": batch["has_image"] * shown}
                 batch["creative"] = np.where(known, batch["creative"], UNKNOWN)
-                # Nor does its key have a history then. After years of months hardly a row would be left that shows what an image alone says.
+                # Nor does its key have a history then. After years of months, hardly a row would show what an image alone says.
                 batch["history"][:, :OF_KEY_AND_CREATIVE] *= known
             yield batch
         if epoch == 0:
