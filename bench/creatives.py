@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from bench import harness, pictures
 from bench.harness import ADSTOCRAT, Bar, Clock, Told
 from bench.score import fresh
-from model.features import embedding_column
+from model.features import embedding_column, embedding_matrix
 
 MONTH, BATCH = "2026-08", 1024
 
@@ -187,13 +187,12 @@ def check(flags: argparse.Namespace, lake: str) -> float:
         with storage.local(name) as path:
             tables.append(pq.read_table(path))
     mine = pa.concat_tables(tables)
-    by_creative = dict(zip(mine["creative"].to_pylist(), mine["embedding"].to_pylist(), strict=True))
+    by_creative = dict(zip(mine["creative"].to_pylist(), embedding_matrix(mine["embedding"].combine_chunks()), strict=True))
     theirs = pq.read_table(flags.work / "bare.parquet").slice(0, 500)
     worst = 0.0
-    for name, vector in zip(theirs["image"].to_pylist(), theirs["embedding"].to_pylist(), strict=True):
+    for name, vector in zip(theirs["image"].to_pylist(), embedding_matrix(theirs["embedding"].combine_chunks()), strict=True):
         creative = hashlib.sha256(storage.read(name)).hexdigest()
-        mine_of, theirs_of = (np.frombuffer(one, "<f4") for one in (by_creative[creative], vector))
-        worst = max(worst, float(np.abs(mine_of - theirs_of).max()))
+        worst = max(worst, float(np.abs(vector - by_creative[creative]).max()))
     return worst
 
 

@@ -132,8 +132,7 @@ def train_ranker(
     if contract.position:
         # Where training was short, what it learnt of the position is as much too small as all the rest.
         scale, _ = calibration.fit(rest + hats @ effects, np.zeros(len(rest)), clicks, impressions)
-        told = position.within_keys(_by_key(examples, found, log_odds, effects), scale * effects)
-        effects = told.astype(np.float32)
+        effects = position.within_keys(_by_key(examples, found, log_odds, effects), scale * effects).astype(np.float32)
         model.get_layer("position_effect").set_weights([effects[:, None]])
     slope, shift = calibration.fit(rest, hats @ effects, clicks, impressions)
     # What is scored is the newest month, and months differ in height.

@@ -53,11 +53,13 @@ def hash64_column(column: "pa.Array", start: int = _SEED) -> "np.ndarray":
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    rows = len(column)
+    if not rows:
+        return np.empty(0, np.uint64)
     column = column.cast(pa.large_binary())
     if column.null_count:
         column = pc.fill_null(column, b"")
-    rows = len(column)
-    offsets = np.frombuffer(column.buffers()[1], np.int64, rows + 1, column.offset * 8) if rows else np.zeros(1, np.int64)
+    offsets = np.frombuffer(column.buffers()[1], np.int64, rows + 1, column.offset * 8)
     data = np.frombuffer(column.buffers()[2] or b"", np.uint8)[offsets[0] : offsets[-1]]
     first, lengths = offsets[:-1] - offsets[0], np.diff(offsets)
     padded = np.zeros(len(data) + 8, np.uint8)
@@ -65,7 +67,7 @@ def hash64_column(column: "pa.Array", start: int = _SEED) -> "np.ndarray":
     # Overlapping view of the 8 bytes that start at each offset.
     words = np.ndarray((len(data) + 1,), "<u8", padded, strides=(1,))
     hashes = np.full(rows, start, np.uint64)
-    shortest, longest = (int(lengths.min()), int(lengths.max())) if rows else (0, 0)
+    shortest, longest = int(lengths.min()), int(lengths.max())
     for position in range(0, longest, 8):
         # Most columns have values of much the same length, and all rows at once need no gathering.
         active = slice(None) if shortest > position else np.flatnonzero(lengths > position)

@@ -147,8 +147,8 @@ def test_a_creative_in_two_packs_is_written_once(tmp_path: pathlib.Path) -> None
     storage, width = Folder(str(tmp_path)), encoder.EMBEDDING_WIDTH
     embeddings = embedding_column(np.repeat([[2.0], [1.0], [2.0]], width, axis=1))
     batch = pa.RecordBatch.from_pydict({"creative": ["b", "a", "b"], "shard": pa.array([0, 0, 0], pa.int32()), "embedding": embeddings})
-    data, ((shard, section),) = spill_sections([batch], 1, embed._shard_column, "spill")
-    storage.write("spill", *data)
+    pieces, ((shard, section),) = spill_sections([batch], 1, embed._shard_column, "spill")
+    storage.write("spill", *pieces)
     receipt = embed.write_embeddings(Unit(shard, 0, (section,)), storage, "out")
     assert [(row["creative"], np.frombuffer(row["embedding"], np.float32)[0]) for row in rows(storage, [receipt.file])] == [
         ("a", 1.0),

@@ -223,8 +223,8 @@ def test_keys_that_share_a_hash_are_told_apart(tmp_path: pathlib.Path, monkeypat
         dict(zip(duplicates.KEYED.names, [list("abcab"), [5, 1, 2, 3, 4], [0] * 5], strict=True)), duplicates.KEYED
     )
     storage = Folder(str(tmp_path))
-    data, addressed = spill_sections([batch], 1, lambda batch: np.zeros(len(batch), np.int64), "spill")
-    storage.write("spill", *data)
+    pieces, addressed = spill_sections([batch], 1, lambda batch: np.zeros(len(batch), np.int64), "spill")
+    storage.write("spill", *pieces)
     found = duplicates.find_duplicates(Unit(0, 0, (addressed[0][1],)), storage)
     rows = pa.Table.from_batches(found, duplicates.KEYED).sort_by(duplicates.ORIGIN).to_pylist()
     assert [tuple(row.values()) for row in rows] == [("b", 4, 0), ("a", 5, 0)]
