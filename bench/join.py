@@ -52,7 +52,7 @@ def ours(flags: argparse.Namespace) -> Told:
     clock = Clock()
     import apache_beam as beam
 
-    from beam_jobs.arrow import Repartition, ShardPair, Unit, pair_shards, read_table, shards_for
+    from beam_jobs.arrow import InThreads, Repartition, ShardPair, Unit, pair_shards, read_table, shards_for
     from beam_jobs.ingest import shard_of_image
     from beam_jobs.runner import run_pipeline
     from schemas.parquet import read_parquet
@@ -64,14 +64,13 @@ def ours(flags: argparse.Namespace) -> Told:
     def assign(batch: pa.RecordBatch) -> np.ndarray:
         return shard_of_image(batch["image"], shards)
 
-    def joined(pair: ShardPair, storage: Storage) -> Iterator[tuple[int, float]]:
+    def joined(pair: ShardPair, storage: Storage) -> tuple[int, float]:
         right = read_table(storage, pair.right).combine_chunks()
         images, vectors = right["image"].combine_chunks(), right["embedding"].combine_chunks()
-        for unit in pair.left:
-            rows = read_table(storage, (unit,))
-            # As the product does it: all rows of a unit find their images at once.
-            for batch in pa.table({"number": rows["number"], "at": pc.index_in(rows["image"], images)}).to_batches():
-                yield summed(batch["number"], vectors.take(batch["at"]))
+        rows = read_table(storage, pair.left)
+        # As the product does it: all rows of a unit find their images at once.
+        found = pa.table({"number": rows["number"], "at": pc.index_in(rows["image"], images)})
+        return total(summed(batch["number"], vectors.take(batch["at"])) for batch in found.to_batches())
 
     def tell(units: list[Unit], side: str) -> None:
         # Bytes in spill files, and those that went through the shuffle.
@@ -91,7 +90,7 @@ def ours(flags: argparse.Namespace) -> Told:
             if flags.count_bytes:
                 _ = sides[side] | f"All{side}" >> beam.combiners.ToList() | f"Tell{side}" >> beam.Map(tell, side)
         pairs = pair_shards(sides["rows"], sides["embeddings"])
-        told = pairs | "Join" >> beam.FlatMap(joined, storage) | "Sum" >> beam.CombineGlobally(total)
+        told = pairs | "Join" >> beam.ParDo(InThreads(joined, storage)) | "Sum" >> beam.CombineGlobally(total)
         _ = told | "Write" >> beam.Map(lambda told: storage.write("ours.json", json.dumps(told).encode()))
 
     # What building this pipeline and starting the runner takes, whatever the rows are.

@@ -83,7 +83,7 @@ def descend(
             logits += tf.gather(months.value, batch["month"])
         return tf.reduce_sum(batch["impressions"] * tf.nn.softplus(logits) - batch["clicks"] * logits)
 
-    @tf.function
+    @graph
     def step(batch: dict[str, Any]) -> Any:
         with tf.GradientTape() as tape:
             fit = loss(batch, True)
@@ -94,7 +94,7 @@ def descend(
         return fit
 
     start = months.numpy()
-    evaluate = tf.function(lambda batch: loss(batch, False))
+    evaluate = graph(lambda batch: loss(batch, False))
     best, best_epoch, best_weights = math.inf, 0, list[np.ndarray]()
     train_loss = tune_loss = math.nan
     trained, began = 0.0, time.monotonic()
@@ -125,6 +125,13 @@ def descend(
         "examples_per_second": round(trained / (time.monotonic() - began)),
     }
     return told, months.numpy()
+
+
+def graph(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as a TensorFlow graph; it must have no Python branches on tensors, since looking for them in Keras takes a second."""
+    import tensorflow as tf
+
+    return tf.function(function, autograph=False)
 
 
 def deterministic(seed: int) -> None:

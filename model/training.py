@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from model import calibration, encoder, position, ranker, splits
-from model.descent import BESIDE, Descent, Progress, descend, deterministic, write
+from model.descent import BESIDE, Descent, Progress, descend, deterministic, graph, write
 from model.features import Arrays, Examples, Features, learnable, minibatches, month_of, outcomes
 from model.kept import Kept, as_arrays, as_batch, kept
 from model.seen import OF_KEY_AND_CREATIVE, UNKNOWN, hashes_of_rows
@@ -28,7 +28,7 @@ from schemas.contract import Contract
 LogOdds = Callable[[Arrays], np.ndarray]
 _POOL_ROWS = 65_536
 # A refresh begins with these weights of its parent made smaller, or it would go on to learn its rows by heart (Ash and Adams 2020).
-_KEPT, _KEPT_OF_ANOTHER = 0.6, 0.4
+_KEPT, _KEPT_OF_ANOTHER = 0.9, 0.4
 _TUNE_ROWS = 262_144
 
 
@@ -53,8 +53,8 @@ class Settings:
     steps: int = 540
     epochs: int = 3
     max_epochs: int = 15
-    refresh_epochs: int = 4
-    replay: float = 0.35
+    refresh_epochs: int = 2
+    replay: float = 0.5
     rate: float = 4e-3
     patience: int = 3
     hidden_categories: float = 0.05
@@ -222,10 +222,8 @@ def _without_position(
 
 def log_odds_of(model: Any, levels: np.ndarray) -> LogOdds:
     """From a batch of `labelled` rows to its log-odds with their month's, float32 (rows,), by the weights that the model has then."""
-    import tensorflow as tf
-
     # As a graph: layer by layer from Python it takes several times as long.
-    logit = tf.function(lambda inputs: model(inputs, training=False)["logit"][:, 0])
+    logit = graph(lambda inputs: model(inputs, training=False)["logit"][:, 0])
     return lambda batch: logit({name: array for name, array in batch.items() if name not in BESIDE}).numpy() + levels[batch["month"]]
 
 
