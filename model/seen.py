@@ -64,12 +64,10 @@ class Vocabulary:
 
     def ids(self, column: pa.Array, name: str) -> np.ndarray:
         """int32 (rows,): MISSING for a null, UNKNOWN for a value that is not among them."""
-        coded = texts(column)
-        hashes = hashes_of(coded.dictionary, name)
+        hashes, rows = _coded(column, name)
         known, place = among(self.hashes, hashes)
         ids = np.where(known, self._ids[place] if len(self._ids) else UNKNOWN, UNKNOWN).astype(np.int32)
-        # A null's index is filled with that of the entry behind the last.
-        return np.append(ids, np.int32(MISSING))[pc.fill_null(coded.indices, len(ids)).to_numpy(zero_copy_only=False)]
+        return np.append(ids, np.int32(MISSING))[rows]
 
     def plain(self) -> dict[str, Any]:
         return {"packed": _text(self.packed), "order": _text(self.order), "size": self.size}
@@ -178,14 +176,12 @@ class History:
     def _sums(self, batch: pa.RecordBatch, months: Iterable[int]) -> list[tuple[np.ndarray, np.ndarray]]:
         sums = []
         for number, name in enumerate(self.names):
-            coded = texts(batch[name])
-            hashes = hashes_of(coded.dictionary, name)
+            hashes, rows = _coded(batch[name], name)
             clicks, impressions = np.zeros(len(hashes) + 1), np.zeros(len(hashes) + 1)
             for month in sorted(months):
                 more = self.months[month][number].of(hashes)
                 clicks[:-1] += more[0]
                 impressions[:-1] += more[1]
-            rows = pc.fill_null(coded.indices, len(hashes)).to_numpy(zero_copy_only=False)
             sums.append((clicks[rows], impressions[rows]))
         return sums
 
@@ -215,11 +211,16 @@ def hashes_of(values: pa.Array, name: str) -> np.ndarray:
     return hash64_column(values, salted(name))
 
 
+def _coded(column: pa.Array, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of a column's distinct values, uint64, and of each row the place of its own among them, behind the last for a null."""
+    values = texts(column)
+    return hashes_of(values.dictionary, name), pc.fill_null(values.indices, len(values.dictionary)).to_numpy(zero_copy_only=False)
+
+
 def hashes_of_rows(column: pa.Array, name: str) -> np.ndarray:
-    coded = texts(column)
-    return np.append(hashes_of(coded.dictionary, name), np.uint64(0))[
-        pc.fill_null(coded.indices, len(coded.dictionary)).to_numpy(zero_copy_only=False)
-    ]
+    """uint64 (rows,): 0 for a null."""
+    hashes, rows = _coded(column, name)
+    return np.append(hashes, np.uint64(0))[rows]
 
 
 def _text(data: bytes) -> str:
