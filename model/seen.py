@@ -21,8 +21,9 @@ MAX_VALUES = 1 << 20
 # Expected clicks that a value is taken to have had at the base rate before anything is known of it.
 _PRIOR_CLICKS = 5.0
 _ROWS_AT_ONCE = 1 << 19
-# The columns of `History.arrays` that come first.
-OF_KEY_AND_CREATIVE = 4
+# What a history is of in any case, before the columns tagged so; and how many columns of `History.arrays` are of these, the first ones.
+ALWAYS = ("key", "creative")
+OF_KEY_AND_CREATIVE = 2 * len(ALWAYS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +142,7 @@ class History:
     """Outcomes of earlier months' TRAIN rows by key, creative and the columns tagged `history`.
 
     Attributes:
-        names: `key`, `creative` and the columns, in the order of the tallies.
+        names: `ALWAYS` and the columns, in the order of the tallies.
         months: by month (as `month_number`), a tally for each name.
         base_rate: clicks an impression that a value without history is taken to have.
     """
