@@ -261,7 +261,7 @@ def decide(judged: Sequence[Judged], run: MonthRun, plan: Plan) -> Manifest:
     versions = {gate.BASE_RATE: None, **{name: pair.ranker for name, pair in pairs.items()}}
     of_month, of_judged = (datetime.date.fromisoformat(f"{name}-01") for name in (run.month, month))
     same = {"month": of_month, "run_id": run.id, "kind": "evaluation", "judged_month": of_judged}
-    rows = quality(evaluation, same, versions, tables.quality())
+    rows = quality(evaluation, same, versions, tables.schema("quality"))
     written = write_parquet(run.storage, run.stage(FOLDER), "quality", [rows])
     manifest = lake.commit(run.storage, run.stage(FOLDER), Manifest("evaluate", (written,), info))
     return lake.commit(run.storage, f"{lake.model_folder('ranker', run.version)}/evaluation", manifest)

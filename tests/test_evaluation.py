@@ -208,7 +208,7 @@ def test_a_row_is_drawn_with_its_creative_or_else_alone() -> None:
 def test_the_quality_table_has_every_slice_of_every_model() -> None:
     clicks, impressions, probability = rows(100)
     evaluation = judged(clicks, impressions, probability, np.full(100, 0.1))
-    schema = tables.quality()
+    schema = tables.schema("quality")
     same = {"month": None, "run_id": "r", "kind": "evaluation", "judged_month": None}
     loose = pa.schema([field.with_nullable(True) for field in schema])
     found = quality(evaluation, same, {"m0": "v", "m1": None}, loose).to_pylist()
