@@ -196,7 +196,7 @@ class World:
         info = {**ruling, "month": run.month, "metrics": metrics, "reliability": reliability, "compared": gate.compared(found)}
         day = datetime.date.fromisoformat(f"{run.month}-01")
         same = {"month": day, "run_id": run.id, "kind": "evaluation", "judged_month": day}
-        rows = quality(found, same, dict.fromkeys(models, "r"), tables.schema("quality"))
+        rows = quality(found, same, dict.fromkeys(models, "r"))
         written = write_parquet(self.storage, run.stage("evaluation"), "quality", [rows])
         self._commit(run, "evaluation", (written,), encoder="e", ranker=run.version, **info)
 
