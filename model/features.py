@@ -220,15 +220,6 @@ class Fitter:
         return np.sort(values[np.isfinite(values)]) if len(values) and np.isfinite(values).any() else np.zeros(1)
 
 
-def fit(batches: Iterable[pa.RecordBatch], contract: Contract, embedding_width: int) -> Features:
-    """`Features` of the TRAIN rows of these batches."""
-    fitter = Fitter(contract, embedding_width)
-    for batch in batches:
-        rows, split = learnable(batch)
-        fitter.add(rows.filter(pa.array(split == splits.TRAIN)))
-    return fitter.fit()
-
-
 def minibatches(blocks: Iterable[Arrays], size: int, pool: int, rng: np.random.Generator | None) -> Iterator[Arrays]:
     """Cut blocks of any length into batches of `size` rows, shuffled within pools of at least `pool` rows if `rng` is given.
 
