@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -26,81 +26,67 @@ ALWAYS = ("key", "creative")
 OF_KEY_AND_CREATIVE = 2 * len(ALWAYS)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Vocabulary:
     """The values of a column and their ids, with room for values that later months bring.
 
     Attributes:
-        packed: the values' hashes as little-endian uint64, in ascending order.
-        order: their ids as int32.
+        hashes: of the values, uint64, in ascending order.
+        order: their ids, int32.
         size: ids there may be; those not given out yet are there for growth.
     """
 
-    packed: bytes
-    order: bytes
+    hashes: np.ndarray
+    order: np.ndarray
     size: int
-
-    @functools.cached_property
-    def hashes(self) -> np.ndarray:
-        return np.frombuffer(self.packed, "<u8")
-
-    @functools.cached_property
-    def _ids(self) -> np.ndarray:
-        return np.frombuffer(self.order, "<i4")
 
     @classmethod
     def of(cls, hashes: np.ndarray) -> "Vocabulary":
         """Of sorted distinct hashes."""
         size = 1 << int(np.ceil(np.log2(max(1.5 * len(hashes) + FIRST_ID, 32))))
-        ids = np.arange(FIRST_ID, FIRST_ID + len(hashes), dtype="<i4")
-        return cls(hashes.astype("<u8").tobytes(), ids.tobytes(), size)
+        return cls(hashes, np.arange(FIRST_ID, FIRST_ID + len(hashes), dtype=np.int32), size)
 
     def grown(self, hashes: np.ndarray) -> tuple["Vocabulary", np.ndarray]:
         """With those of the sorted distinct hashes that are new and find room; and their ids."""
         new = np.setdiff1d(hashes, self.hashes, assume_unique=True)[: self.size - FIRST_ID - len(self.hashes)]
-        ids = np.arange(FIRST_ID + len(self.hashes), FIRST_ID + len(self.hashes) + len(new), dtype="<i4")
-        both, all_ids = np.concatenate([self.hashes, new]), np.concatenate([self._ids, ids])
+        ids = np.arange(FIRST_ID + len(self.hashes), FIRST_ID + len(self.hashes) + len(new), dtype=np.int32)
+        both, all_ids = np.concatenate([self.hashes, new]), np.concatenate([self.order, ids])
         order = np.argsort(both)
-        return Vocabulary(both[order].astype("<u8").tobytes(), all_ids[order].astype("<i4").tobytes(), self.size), ids
+        return Vocabulary(both[order], all_ids[order], self.size), ids
 
     def ids(self, column: pa.Array, name: str) -> np.ndarray:
         """int32 (rows,): MISSING for a null, UNKNOWN for a value that is not among them."""
         hashes, rows = _coded(column, name)
         known, place = among(self.hashes, hashes)
-        ids = np.where(known, self._ids[place] if len(self._ids) else UNKNOWN, UNKNOWN).astype(np.int32)
+        ids = np.where(known, self.order[place] if len(self.order) else UNKNOWN, UNKNOWN).astype(np.int32)
         return np.append(ids, np.int32(MISSING))[rows]
 
     def plain(self) -> dict[str, Any]:
-        return {"packed": _text(self.packed), "order": _text(self.order), "size": self.size}
+        return {"packed": _text(self.hashes), "order": _text(self.order), "size": self.size}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> "Vocabulary":
-        return cls(_bytes(plain["packed"]), _bytes(plain["order"]), plain["size"])
+        return cls(_array(plain["packed"], "<u8"), _array(plain["order"], "<i4"), plain["size"])
 
 
-@dataclasses.dataclass(frozen=True)
-class Tally:
+class Tally(NamedTuple):
     """Clicks and impressions of a column's values in one month, float32, beside their sorted hashes."""
 
-    packed: bytes = b""
-    clicks: bytes = b""
-    impressions: bytes = b""
-
-    @functools.cached_property
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return np.frombuffer(self.packed, "<u8"), np.frombuffer(self.clicks, "<f4"), np.frombuffer(self.impressions, "<f4")
+    hashes: np.ndarray = np.empty(0, np.uint64)
+    clicks: np.ndarray = np.empty(0, np.float32)
+    impressions: np.ndarray = np.empty(0, np.float32)
 
     def plus(self, hashes: np.ndarray, clicks: np.ndarray, impressions: np.ndarray) -> "Tally":
         """With more rows; past `MAX_VALUES` the values with the fewest impressions are dropped."""
-        mine = self.arrays
-        values, inverse = np.unique(np.concatenate([mine[0], hashes]), return_inverse=True)
-        sums = [np.bincount(inverse, np.concatenate([a, b]), len(values)) for a, b in ((mine[1], clicks), (mine[2], impressions))]
+        values, inverse = np.unique(np.concatenate([self.hashes, hashes]), return_inverse=True)
+        pairs = ((self.clicks, clicks), (self.impressions, impressions))
+        sums = [np.bincount(inverse, np.concatenate(pair), len(values)) for pair in pairs]
         keep = np.sort(np.argsort(-sums[1], kind="stable")[:MAX_VALUES])
-        return Tally(values[keep].astype("<u8").tobytes(), *(total[keep].astype("<f4").tobytes() for total in sums))
+        return Tally(values[keep], *(total[keep].astype(np.float32) for total in sums))
 
     def of(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Clicks and impressions of each, 0 for one that is not there."""
-        known, clicks, impressions = self.arrays
+        known, clicks, impressions = self
         there, place = among(known, hashes)
         return (np.where(there, clicks[place], 0), np.where(there, impressions[place], 0)) if len(known) else (there * 0.0, there * 0.0)
 
@@ -158,7 +144,7 @@ class History:
         months = {month: tallies for month, tallies in self.months.items() if month >= first}
         if old:
             by_name = zip(*(self.months[month] for month in old), strict=True)
-            months[old[-1]] = tuple(functools.reduce(lambda one, more: one.plus(*more.arrays), tallies) for tallies in by_name)
+            months[old[-1]] = tuple(functools.reduce(lambda one, more: one.plus(*more), tallies) for tallies in by_name)
         return dataclasses.replace(self, months=dict(sorted(months.items())))
 
     def arrays(self, batch: pa.RecordBatch, month: int) -> np.ndarray:
@@ -187,12 +173,13 @@ class History:
         return sums
 
     def plain(self) -> dict[str, Any]:
-        months = {str(month): [[_text(t.packed), _text(t.clicks), _text(t.impressions)] for t in ts] for month, ts in self.months.items()}
+        months = {str(month): [[_text(array) for array in tally] for tally in tallies] for month, tallies in self.months.items()}
         return {"names": self.names, "months": months, "base_rate": self.base_rate}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> "History":
-        months = {int(month): tuple(Tally(*map(_bytes, parts)) for parts in tallies) for month, tallies in plain["months"].items()}
+        kinds = ("<u8", "<f4", "<f4")
+        months = {int(month): tuple(Tally(*map(_array, parts, kinds)) for parts in tallies) for month, tallies in plain["months"].items()}
         return cls(tuple(plain["names"]), months, plain["base_rate"])
 
 
@@ -224,9 +211,10 @@ def hashes_of_rows(column: pa.Array, name: str) -> np.ndarray:
     return np.append(hashes, np.uint64(0))[rows]
 
 
-def _text(data: bytes) -> str:
-    return base64.b64encode(data).decode()
+def _text(array: np.ndarray) -> str:
+    """The array's bytes, little-endian."""
+    return base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode()
 
 
-def _bytes(text: str) -> bytes:
-    return base64.b64decode(text)
+def _array(text: str, kind: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), kind)
