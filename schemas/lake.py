@@ -111,11 +111,8 @@ class Receipt:
     unit: str
     file: str = ""
     rows: int = 0
-    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    counts: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
     crc32c: str = ""
-
-    def __hash__(self) -> int:
-        return hash((self.unit, self.file))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -292,7 +292,7 @@ class Bucket(Storage):
             blobs = _client().list_blobs(self._bucket, **options)
             found = list(next(blobs.pages, ()))
             # As in a folder, what begins with a dot is nobody's data.
-            wanted = [blob for blob in found if blob.name != after and "/." not in "/" + blob.name[len(self._prefix) :]]
+            wanted = [blob for blob in found if blob.name != after and "/." not in "/" + self._name(blob)]
             return [read(blob) for blob in wanted], found[-1].name if blobs.next_page_token else None
 
         return list_all(lambda after, end: ask(functools.partial(page, after, end), self.uri), prefix)
