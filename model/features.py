@@ -96,10 +96,6 @@ class Features:
         return tuple(vocabulary.size for vocabulary in self.vocabularies[: len(self.categoricals)])
 
     @property
-    def creative_buckets(self) -> int:
-        return self.vocabularies[-1].size if self.embedding_width else 0
-
-    @property
     def categoricals(self) -> tuple[Column, ...]:
         return tuple(column for column in self.contract.features if column.categorical)
 

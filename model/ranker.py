@@ -69,7 +69,7 @@ def build(features: Features, base_rate: float, dropout: float = 0.1) -> Any:
         scale = layers.Dense(1, use_bias=False, kernel_initializer=initializers.Constant(0.3), name="pair_scale")
         added.append(scale(layers.Reshape((len(pairs),))(effect)))
     if "creative" in inputs:
-        own = layers.Embedding(features.creative_buckets, 1, "zeros", name="creative_effect")(inputs["creative"])
+        own = layers.Embedding(features.vocabularies[-1].size, 1, "zeros", name="creative_effect")(inputs["creative"])
         added.append(layers.Flatten()(own))
     x0 = layers.Concatenate()(parts) if len(parts) > 1 else parts[0]
     x = x0
