@@ -26,7 +26,7 @@ from model import gate, golden, registry, splits
 from model.evaluation import COLD, OVERALL, WARM, Evaluation, Segment, clusters_of, evaluate, merged, quality
 from model.features import outcomes
 from model.registry import ModelError
-from schemas import lake, tables
+from schemas import lake
 from schemas.contract import Contract
 from schemas.hashing import hash64_column
 from schemas.lake import Champion, Manifest, Receipt
@@ -261,7 +261,7 @@ def decide(judged: Sequence[Judged], run: MonthRun, plan: Plan) -> Manifest:
     versions = {gate.BASE_RATE: None, **{name: pair.ranker for name, pair in pairs.items()}}
     of_month, of_judged = (datetime.date.fromisoformat(f"{name}-01") for name in (run.month, month))
     same = {"month": of_month, "run_id": run.id, "kind": "evaluation", "judged_month": of_judged}
-    rows = quality(evaluation, same, versions, tables.quality())
+    rows = quality(evaluation, same, versions)
     written = write_parquet(run.storage, run.stage(FOLDER), "quality", [rows])
     manifest = lake.commit(run.storage, run.stage(FOLDER), Manifest("evaluate", (written,), info))
     return lake.commit(run.storage, f"{lake.model_folder('ranker', run.version)}/evaluation", manifest)

@@ -168,7 +168,7 @@ def decide(parts: Sequence[Part], run: MonthRun, month: str, id: str) -> Manifes
     of_month, of_judged = (datetime.date.fromisoformat(f"{name}-01") for name in (month, run.month))
     ranker = run.manifest(lake.stage_folder("scores", month, id), "score").info["ranker"]
     same = {"month": of_month, "run_id": id, "kind": "realised", "judged_month": of_judged}
-    rows = quality(part.evaluation, same, {MODEL: ranker}, tables.quality())
+    rows = quality(part.evaluation, same, {MODEL: ranker})
     written = write_parquet(run.storage, run.stage(FOLDER), "quality", [rows] if len(rows) else [])
     manifest = lake.commit(run.storage, run.stage(FOLDER), Manifest(FOLDER, (written,), {"month": month, "run": id}))
     # Last, since it is what makes the stage complete.

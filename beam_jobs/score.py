@@ -50,7 +50,7 @@ def read_unit(run: MonthRun, encoder: str, unit: Receipt) -> Iterator[Named]:
 def label(run: MonthRun, encoder: str, ranker: str, name: str, scores: pa.RecordBatch) -> Named:
     """The scores as rows of the score table: with the month, the versions and the run."""
     same = {"month": datetime.date.fromisoformat(f"{run.month}-01"), "encoder_version": encoder, "model_version": ranker, "run_id": run.id}
-    schema = tables.scores(run.contract)
+    schema = tables.schema("scores", run.contract)
     columns = [
         pa.repeat(pa.scalar(same[field.name], field.type), len(scores)) if field.name in same else scores[field.name].cast(field.type)
         for field in schema

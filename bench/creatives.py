@@ -111,7 +111,7 @@ def bare(flags: argparse.Namespace) -> Told:
     clock.lap("model")
 
     def look(name: str) -> np.ndarray:
-        return images.thumbnail(run.storage.read(name))
+        return images.decode(run.storage.read(name))[0]
 
     writer, left = None, iter(names)
     with ThreadPoolExecutor(run.config.fetch_threads) as pool:
@@ -145,7 +145,7 @@ class RayEncoder:
 def ray_decode(batch: dict[str, Any]) -> dict[str, Any]:
     from model import images
 
-    return {"path": batch["path"], "thumbnail": np.stack([images.thumbnail(data) for data in batch["bytes"]])}
+    return {"path": batch["path"], "thumbnail": np.stack([images.decode(data)[0] for data in batch["bytes"]])}
 
 
 def ray_data(flags: argparse.Namespace) -> Told:

@@ -77,7 +77,7 @@ def _join(storage: Storage, month: str, folder: pathlib.Path) -> None:
         data = storage.read(path)
         names.append(path.rpartition("/")[2])
         creatives.append(hashlib.sha256(data).hexdigest())
-        thumbnails.append(images.thumbnail(data).tobytes())
+        thumbnails.append(images.decode(data)[0].tobytes())
     looked = pa.table({"name": names, "creative": creatives, "thumbnail": pa.array(thumbnails, pa.binary(images.THUMBNAIL_BYTES))})
     pq.write_table(looked, folder / f"{month}-creatives.parquet")
     types = {column.name: column.arrow_type for column in CONTRACT.columns}

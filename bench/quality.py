@@ -88,7 +88,7 @@ class Seed:
             batches = shown.combine_chunks().to_batches(1024)
             train_encoder(self.examples(window, None), lambda: iter(batches), CONTRACT, self.seed, folder, lambda line: None)
         pixels = np.frombuffer(b"".join(shown["thumbnail"].to_pylist()), np.uint8).reshape(-1, 64, 64, 3)
-        return embedding_column(Encoder.load(folder).embed(pixels))
+        return embedding_column(Encoder(folder).embed(pixels))
 
     def ranker(
         self,

@@ -65,7 +65,7 @@ _LOCKED = 0x2000  # MAP_LOCKED of <sys/mman.h>, which the module has not.
 def score_rows(start: int, rows: int) -> pa.RecordBatch:
     """Rows of the score table as the sample contract has them, with keys `ad%08d` from `start` on."""
     rng = np.random.default_rng(start)
-    schema = tables.scores(contract.load(TOP / "schemas/ads.pbtxt"))
+    schema = tables.schema("scores", contract.load(TOP / "schemas/ads.pbtxt"))
 
     def drawn(values: list[str]) -> pa.Array:
         return pa.array(values).take(pa.array(rng.integers(0, len(values), rows)))

@@ -27,7 +27,7 @@ def load(path: pathlib.Path | str, encoder_digest: str | None = None) -> "Ranker
     tensorflow.load()
     from model.ranker import Ranker
 
-    ranker = Ranker.load(path)
+    ranker = Ranker(path)
     if encoder_digest is not None and encoder_digest != ranker.encoder_digest:
         raise ValueError(
             f"ranker {str(path)!r} takes embeddings of encoder {ranker.encoder_version!r}, digest {ranker.encoder_digest[:12]}, not of "

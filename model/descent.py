@@ -18,7 +18,7 @@ from model.features import Arrays
 
 Progress = Callable[[str], None]
 # What is beside a model's inputs in a batch: outcomes, what is added to the log-odds, and the place of the row's month among the window's.
-BESIDE = ("clicks", "impressions", "offset", "month")
+_BESIDE = ("clicks", "impressions", "offset", "month")
 _MONTH_PRECISION = 30.0
 
 
@@ -75,8 +75,7 @@ def descend(
     optimizer.build(weights)
 
     def loss(batch: dict[str, Any], training: bool) -> Any:
-        inputs = {name: value for name, value in batch.items() if name not in BESIDE}
-        logits = model(inputs, training=training)["logit"][:, 0]
+        logits = model(inputs_of(batch), training=training)["logit"][:, 0]
         if "offset" in batch:
             logits += batch["offset"]
         if "month" in batch:
@@ -132,6 +131,11 @@ def graph(function: Callable[..., Any]) -> Callable[..., Any]:
     import tensorflow as tf
 
     return tf.function(function, autograph=False)
+
+
+def inputs_of(batch: dict[str, Any]) -> dict[str, Any]:
+    """What of a batch its model is given."""
+    return {name: value for name, value in batch.items() if name not in _BESIDE}
 
 
 def deterministic(seed: int) -> None:

@@ -108,22 +108,17 @@ class Encoder:
     """A trained encoder, ready to run; safe to call from several threads.
 
     Attributes:
-        spec: what `spec.json` holds.
         fingerprint: of the contract it was trained under.
     """
 
-    def __init__(self, saved: SavedModel) -> None:
-        self._saved, self.spec = saved, saved.spec
-        self.fingerprint: str = saved.spec["fingerprint"]
-
-    @classmethod
-    def load(cls, folder: pathlib.Path | str) -> "Encoder":
+    def __init__(self, folder: pathlib.Path | str) -> None:
         """Load a model folder.
 
         Raises:
             ValueError: not the folder of an encoder.
         """
-        return cls(SavedModel(folder, "encoder", "embedding", EMBEDDING_WIDTH, _BATCH))
+        self._saved = SavedModel(folder, "encoder", "embedding", EMBEDDING_WIDTH, _BATCH)
+        self.fingerprint: str = self._saved.spec["fingerprint"]
 
     def embed(self, thumbnails: np.ndarray) -> np.ndarray:
         """Embeddings, float32 (n, EMBEDDING_WIDTH), of thumbnails, uint8 (n, 64, 64, 3); NaN for one that the model fails on."""

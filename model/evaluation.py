@@ -8,13 +8,14 @@ same in every batch, worker and run, and the sums of a replicate merge as the su
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from schemas import tables
 from schemas.hashing import hash64_column, mix_all, salted
 
 REPLICATES = 400
@@ -253,17 +254,16 @@ def _nothing(models: int) -> Slice:
     return Slice(0, np.zeros((1, _SHARED + _EACH * models)), np.zeros((models, 3, _BINS)))
 
 
-def quality(evaluation: Evaluation, columns: Mapping[str, Any], versions: Mapping[str, str | None], schema: pa.Schema) -> pa.RecordBatch:
+def quality(evaluation: Evaluation, columns: Mapping[str, Any], versions: Mapping[str, str | None]) -> pa.RecordBatch:
     """The evaluation as rows of the quality table.
 
     Args:
         columns: values that are the same in every row.
         versions: the ranker of each model; None for what is no ranker.
-        schema: of the table.
     """
-    rows: Sequence[dict[str, Any]] = [
+    rows: list[dict[str, Any]] = [
         {**columns, "model": name, "model_version": versions[name], "segment": segment, "value": value, **found.metrics(model)}
         for model, name in enumerate(evaluation.models)
         for (segment, value), found in evaluation.slices.items()
     ]
-    return pa.RecordBatch.from_pylist(list(rows), schema=schema)
+    return pa.RecordBatch.from_pylist(rows, schema=tables.schema("quality"))

@@ -35,16 +35,14 @@ _POSITION_KNOTS = 12
 
 def outcomes(batch: pa.RecordBatch, contract: Contract) -> tuple[np.ndarray, np.ndarray]:
     """Clicks and impressions of each row, two float32 arrays of shape (rows,); impressions are 0 where the row is unlabelled."""
-    mature = is_mature(batch, contract, month_of(batch)).astype(np.float32)
-    if contract.clicked:
-        clicked = batch[contract.clicked.name]
-        return _filled(clicked).clip(0, 1) * mature, pc.is_valid(clicked).to_numpy(zero_copy_only=False).astype(np.float32) * mature
-    if not (contract.clicks and contract.impressions):
+    clicks = contract.clicked or contract.clicks
+    if not clicks:
         return np.zeros(len(batch), np.float32), np.zeros(len(batch), np.float32)
-    clicks, impressions = batch[contract.clicks.name], batch[contract.impressions.name]
-    known = pc.is_valid(clicks).to_numpy(zero_copy_only=False)
-    shown = np.where(known, _filled(impressions).clip(0), 0).astype(np.float32) * mature
-    return np.minimum(_filled(clicks).clip(0), shown), shown
+    known = pc.is_valid(batch[clicks.name]).to_numpy(zero_copy_only=False) & is_mature(batch, contract, month_of(batch))
+    shown = known.astype(np.float32)
+    if contract.impressions:
+        shown *= _filled(batch[contract.impressions.name]).clip(0)
+    return np.minimum(_filled(batch[clicks.name]).clip(0), shown), shown
 
 
 def is_mature(rows: pa.RecordBatch | pa.Table, contract: Contract, month: int) -> np.ndarray:
@@ -96,10 +94,6 @@ class Features:
     def buckets(self) -> tuple[int, ...]:
         """Ids of each categorical column, the reserved ids included."""
         return tuple(vocabulary.size for vocabulary in self.vocabularies[: len(self.categoricals)])
-
-    @property
-    def creative_buckets(self) -> int:
-        return self.vocabularies[-1].size if self.embedding_width else 0
 
     @property
     def categoricals(self) -> tuple[Column, ...]:
@@ -218,15 +212,6 @@ class Fitter:
     def _quantiles(self, name: str, count: int) -> np.ndarray:
         values = self._sketches[name].GetQuantiles(count).flatten().to_numpy(zero_copy_only=False)
         return np.sort(values[np.isfinite(values)]) if len(values) and np.isfinite(values).any() else np.zeros(1)
-
-
-def fit(batches: Iterable[pa.RecordBatch], contract: Contract, embedding_width: int) -> Features:
-    """`Features` of the TRAIN rows of these batches."""
-    fitter = Fitter(contract, embedding_width)
-    for batch in batches:
-        rows, split = learnable(batch)
-        fitter.add(rows.filter(pa.array(split == splits.TRAIN)))
-    return fitter.fit()
 
 
 def minibatches(blocks: Iterable[Arrays], size: int, pool: int, rng: np.random.Generator | None) -> Iterator[Arrays]:

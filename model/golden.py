@@ -25,7 +25,7 @@ def write(folder: pathlib.Path, batches: Iterable[pa.RecordBatch]) -> None:
     """Leave the first rows of `batches`, joined ones, in a ranker's folder, without their outcomes and with the ranker's scores."""
     from model.ranker import Ranker
 
-    ranker, left, parts = Ranker.load(folder), ROWS, []
+    ranker, left, parts = Ranker(folder), ROWS, []
     for batch in batches:
         tags = {column.name: column.tags for column in ranker.features.contract.columns}
         inputs = batch.select([name for name in batch.schema.names if not tags.get(name, frozenset()) & set(OUTCOMES)]).slice(0, left)
@@ -68,7 +68,7 @@ def _main(folder: pathlib.Path) -> int:
     from model.ranker import Ranker
 
     tensorflow.load()
-    wrong = differences(Ranker.load(folder), folder)
+    wrong = differences(Ranker(folder), folder)
     print(wrong)
     return int(bool(wrong))
 

@@ -77,11 +77,6 @@ class ImageFault(ValueError):
         self.fault = fault
 
 
-def thumbnail(data: bytes) -> np.ndarray:
-    """The picture squeezed to a square, shape (64, 64, 3), dtype uint8: see `decode`."""
-    return decode(data)[0]
-
-
 def decode(data: bytes) -> tuple[np.ndarray, str]:
     """The picture squeezed to a square, and its status: OK, or OK_TRUNCATED for a cut JPEG that shows at least half of its rows.
 

@@ -73,11 +73,11 @@ def _removed(one: Tally, other: Tally) -> float:
     """Share of the normalized entropy that is gone when each half's rows are given the click rate that their value has in the other."""
     loss = entropy = total = 0.0
     for train, judged in ((one, other), (other, one)):
-        values, clicks, impressions = (array.astype(np.float64) if array.dtype == np.float32 else array for array in judged.arrays)
-        if not 0 < train.arrays[1].sum() < train.arrays[2].sum():
+        clicks, impressions = judged.clicks.astype(np.float64), judged.impressions.astype(np.float64)
+        if not 0 < train.clicks.sum() < train.impressions.sum():
             return 0.0
-        base = float(train.arrays[1].sum(dtype=np.float64) / train.arrays[2].sum(dtype=np.float64))
-        known_clicks, known_impressions = train.of(values)
+        base = float(train.clicks.sum(dtype=np.float64) / train.impressions.sum(dtype=np.float64))
+        known_clicks, known_impressions = train.of(judged.hashes)
         rate = (known_clicks + _PRIOR * base) / (known_impressions + _PRIOR)
         loss -= float((clicks * np.log(rate) + (impressions - clicks) * np.log1p(-np.minimum(rate, 1 - 1e-9))).sum())
         entropy -= float((clicks * np.log(base) + (impressions - clicks) * np.log1p(-base)).sum())

@@ -69,7 +69,7 @@ def build(features: Features, base_rate: float, dropout: float = 0.1) -> Any:
         scale = layers.Dense(1, use_bias=False, kernel_initializer=initializers.Constant(0.3), name="pair_scale")
         added.append(scale(layers.Reshape((len(pairs),))(effect)))
     if "creative" in inputs:
-        own = layers.Embedding(features.creative_buckets, 1, "zeros", name="creative_effect")(inputs["creative"])
+        own = layers.Embedding(features.vocabularies[-1].size, 1, "zeros", name="creative_effect")(inputs["creative"])
         added.append(layers.Flatten()(own))
     x0 = layers.Concatenate()(parts) if len(parts) > 1 else parts[0]
     x = x0
@@ -120,29 +120,25 @@ class Ranker:
     """A trained ranker, ready to run; safe to call from several threads.
 
     Attributes:
-        spec: what `spec.json` holds.
         features: how rows become its inputs.
         fingerprint: of the contract it was trained under; rows of another contract must not be given to it.
         base_rate: clicks an impression among the rows it was trained on.
         encoder_version, encoder_digest: the encoder whose embeddings it takes.
     """
 
-    def __init__(self, saved: SavedModel) -> None:
-        self._saved, self.spec = saved, saved.spec
-        self.features = Features.from_json(self.spec["features"])
-        self.fingerprint: str = self.spec["fingerprint"]
-        self.base_rate: float = self.spec["base_rate"]
-        self.encoder_version: str = self.spec["encoder_version"]
-        self.encoder_digest: str = self.spec["encoder_digest"]
-
-    @classmethod
-    def load(cls, folder: pathlib.Path | str) -> "Ranker":
+    def __init__(self, folder: pathlib.Path | str) -> None:
         """Load a model folder.
 
         Raises:
             ValueError: not the folder of a ranker.
         """
-        return cls(SavedModel(folder, "ranker", "calibrated", 1, BATCH))
+        self._saved = SavedModel(folder, "ranker", "calibrated", 1, BATCH)
+        spec = self._saved.spec
+        self.features = Features.from_json(spec["features"])
+        self.fingerprint: str = spec["fingerprint"]
+        self.base_rate: float = spec["base_rate"]
+        self.encoder_version: str = spec["encoder_version"]
+        self.encoder_digest: str = spec["encoder_digest"]
 
     def predict(self, batch: pa.RecordBatch, at_reference: bool = True) -> np.ndarray:
         """Click probabilities of a joined batch, float64 (rows,): at the reference position, or at each row's own.

@@ -89,8 +89,8 @@ def load(storage: Storage, kind: str, version: str) -> Any:
     with local_folder() as folder:
         fetch(storage, kind, version, pathlib.Path(folder))
         if kind == "encoder":
-            return Encoder.load(folder)
-        ranker = Ranker.load(folder)
+            return Encoder(folder)
+        ranker = Ranker(folder)
         # That there are some is the gate's to see.
         if (pathlib.Path(folder) / golden.FILE).exists() and (wrong := golden.differences(ranker, pathlib.Path(folder))):
             raise ModelError(f"ranker {version!r} is not what it was: {wrong}; the image or the driver is not what it was trained with")

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,87 +21,72 @@ MAX_VALUES = 1 << 20
 # Expected clicks that a value is taken to have had at the base rate before anything is known of it.
 _PRIOR_CLICKS = 5.0
 _ROWS_AT_ONCE = 1 << 19
-# The columns of `History.arrays` that come first.
-OF_KEY_AND_CREATIVE = 4
+# What a history is of in any case, before the columns tagged so; and how many columns of `History.arrays` are of these, the first ones.
+ALWAYS = ("key", "creative")
+OF_KEY_AND_CREATIVE = 2 * len(ALWAYS)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Vocabulary:
     """The values of a column and their ids, with room for values that later months bring.
 
     Attributes:
-        packed: the values' hashes as little-endian uint64, in ascending order.
-        order: their ids as int32.
+        hashes: of the values, uint64, in ascending order.
+        order: their ids, int32.
         size: ids there may be; those not given out yet are there for growth.
     """
 
-    packed: bytes
-    order: bytes
+    hashes: np.ndarray
+    order: np.ndarray
     size: int
-
-    @functools.cached_property
-    def hashes(self) -> np.ndarray:
-        return np.frombuffer(self.packed, "<u8")
-
-    @functools.cached_property
-    def _ids(self) -> np.ndarray:
-        return np.frombuffer(self.order, "<i4")
 
     @classmethod
     def of(cls, hashes: np.ndarray) -> "Vocabulary":
         """Of sorted distinct hashes."""
         size = 1 << int(np.ceil(np.log2(max(1.5 * len(hashes) + FIRST_ID, 32))))
-        ids = np.arange(FIRST_ID, FIRST_ID + len(hashes), dtype="<i4")
-        return cls(hashes.astype("<u8").tobytes(), ids.tobytes(), size)
+        return cls(hashes, np.arange(FIRST_ID, FIRST_ID + len(hashes), dtype=np.int32), size)
 
     def grown(self, hashes: np.ndarray) -> tuple["Vocabulary", np.ndarray]:
         """With those of the sorted distinct hashes that are new and find room; and their ids."""
         new = np.setdiff1d(hashes, self.hashes, assume_unique=True)[: self.size - FIRST_ID - len(self.hashes)]
-        ids = np.arange(FIRST_ID + len(self.hashes), FIRST_ID + len(self.hashes) + len(new), dtype="<i4")
-        both, all_ids = np.concatenate([self.hashes, new]), np.concatenate([self._ids, ids])
+        ids = np.arange(FIRST_ID + len(self.hashes), FIRST_ID + len(self.hashes) + len(new), dtype=np.int32)
+        both, all_ids = np.concatenate([self.hashes, new]), np.concatenate([self.order, ids])
         order = np.argsort(both)
-        return Vocabulary(both[order].astype("<u8").tobytes(), all_ids[order].astype("<i4").tobytes(), self.size), ids
+        return Vocabulary(both[order], all_ids[order], self.size), ids
 
     def ids(self, column: pa.Array, name: str) -> np.ndarray:
         """int32 (rows,): MISSING for a null, UNKNOWN for a value that is not among them."""
-        coded = texts(column)
-        hashes = hashes_of(coded.dictionary, name)
+        hashes, rows = _coded(column, name)
         known, place = among(self.hashes, hashes)
-        ids = np.where(known, self._ids[place] if len(self._ids) else UNKNOWN, UNKNOWN).astype(np.int32)
-        # A null's index is filled with that of the entry behind the last.
-        return np.append(ids, np.int32(MISSING))[pc.fill_null(coded.indices, len(ids)).to_numpy(zero_copy_only=False)]
+        ids = np.where(known, self.order[place] if len(self.order) else UNKNOWN, UNKNOWN).astype(np.int32)
+        return np.append(ids, np.int32(MISSING))[rows]
 
     def plain(self) -> dict[str, Any]:
-        return {"packed": _text(self.packed), "order": _text(self.order), "size": self.size}
+        return {"packed": _text(self.hashes), "order": _text(self.order), "size": self.size}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> "Vocabulary":
-        return cls(_bytes(plain["packed"]), _bytes(plain["order"]), plain["size"])
+        return cls(_array(plain["packed"], "<u8"), _array(plain["order"], "<i4"), plain["size"])
 
 
-@dataclasses.dataclass(frozen=True)
-class Tally:
+class Tally(NamedTuple):
     """Clicks and impressions of a column's values in one month, float32, beside their sorted hashes."""
 
-    packed: bytes = b""
-    clicks: bytes = b""
-    impressions: bytes = b""
-
-    @functools.cached_property
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return np.frombuffer(self.packed, "<u8"), np.frombuffer(self.clicks, "<f4"), np.frombuffer(self.impressions, "<f4")
+    hashes: np.ndarray = np.empty(0, np.uint64)
+    clicks: np.ndarray = np.empty(0, np.float32)
+    impressions: np.ndarray = np.empty(0, np.float32)
 
     def plus(self, hashes: np.ndarray, clicks: np.ndarray, impressions: np.ndarray) -> "Tally":
         """With more rows; past `MAX_VALUES` the values with the fewest impressions are dropped."""
-        mine = self.arrays
-        values, inverse = np.unique(np.concatenate([mine[0], hashes]), return_inverse=True)
-        sums = [np.bincount(inverse, np.concatenate([a, b]), len(values)) for a, b in ((mine[1], clicks), (mine[2], impressions))]
+        values, inverse = np.unique(np.concatenate([self.hashes, hashes]), return_inverse=True)
+        pairs = ((self.clicks, clicks), (self.impressions, impressions))
+        sums = [np.bincount(inverse, np.concatenate(pair), len(values)) for pair in pairs]
         keep = np.sort(np.argsort(-sums[1], kind="stable")[:MAX_VALUES])
-        return Tally(values[keep].astype("<u8").tobytes(), *(total[keep].astype("<f4").tobytes() for total in sums))
+        return Tally(values[keep], *(total[keep].astype(np.float32) for total in sums))
 
     def of(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Clicks and impressions of each, 0 for one that is not there."""
-        known, clicks, impressions = self.arrays
+        known, clicks, impressions = self
         there, place = among(known, hashes)
         return (np.where(there, clicks[place], 0), np.where(there, impressions[place], 0)) if len(known) else (there * 0.0, there * 0.0)
 
@@ -143,7 +128,7 @@ class History:
     """Outcomes of earlier months' TRAIN rows by key, creative and the columns tagged `history`.
 
     Attributes:
-        names: `key`, `creative` and the columns, in the order of the tallies.
+        names: `ALWAYS` and the columns, in the order of the tallies.
         months: by month (as `month_number`), a tally for each name.
         base_rate: clicks an impression that a value without history is taken to have.
     """
@@ -159,7 +144,7 @@ class History:
         months = {month: tallies for month, tallies in self.months.items() if month >= first}
         if old:
             by_name = zip(*(self.months[month] for month in old), strict=True)
-            months[old[-1]] = tuple(functools.reduce(lambda one, more: one.plus(*more.arrays), tallies) for tallies in by_name)
+            months[old[-1]] = tuple(functools.reduce(lambda one, more: one.plus(*more), tallies) for tallies in by_name)
         return dataclasses.replace(self, months=dict(sorted(months.items())))
 
     def arrays(self, batch: pa.RecordBatch, month: int) -> np.ndarray:
@@ -178,24 +163,23 @@ class History:
     def _sums(self, batch: pa.RecordBatch, months: Iterable[int]) -> list[tuple[np.ndarray, np.ndarray]]:
         sums = []
         for number, name in enumerate(self.names):
-            coded = texts(batch[name])
-            hashes = hashes_of(coded.dictionary, name)
+            hashes, rows = _coded(batch[name], name)
             clicks, impressions = np.zeros(len(hashes) + 1), np.zeros(len(hashes) + 1)
             for month in sorted(months):
                 more = self.months[month][number].of(hashes)
                 clicks[:-1] += more[0]
                 impressions[:-1] += more[1]
-            rows = pc.fill_null(coded.indices, len(hashes)).to_numpy(zero_copy_only=False)
             sums.append((clicks[rows], impressions[rows]))
         return sums
 
     def plain(self) -> dict[str, Any]:
-        months = {str(month): [[_text(t.packed), _text(t.clicks), _text(t.impressions)] for t in ts] for month, ts in self.months.items()}
+        months = {str(month): [[_text(array) for array in tally] for tally in tallies] for month, tallies in self.months.items()}
         return {"names": self.names, "months": months, "base_rate": self.base_rate}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> "History":
-        months = {int(month): tuple(Tally(*map(_bytes, parts)) for parts in tallies) for month, tallies in plain["months"].items()}
+        kinds = ("<u8", "<f4", "<f4")
+        months = {int(month): tuple(Tally(*map(_array, parts, kinds)) for parts in tallies) for month, tallies in plain["months"].items()}
         return cls(tuple(plain["names"]), months, plain["base_rate"])
 
 
@@ -215,16 +199,22 @@ def hashes_of(values: pa.Array, name: str) -> np.ndarray:
     return hash64_column(values, salted(name))
 
 
+def _coded(column: pa.Array, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of a column's distinct values, uint64, and of each row the place of its own among them, behind the last for a null."""
+    values = texts(column)
+    return hashes_of(values.dictionary, name), pc.fill_null(values.indices, len(values.dictionary)).to_numpy(zero_copy_only=False)
+
+
 def hashes_of_rows(column: pa.Array, name: str) -> np.ndarray:
-    coded = texts(column)
-    return np.append(hashes_of(coded.dictionary, name), np.uint64(0))[
-        pc.fill_null(coded.indices, len(coded.dictionary)).to_numpy(zero_copy_only=False)
-    ]
+    """uint64 (rows,): 0 for a null."""
+    hashes, rows = _coded(column, name)
+    return np.append(hashes, np.uint64(0))[rows]
 
 
-def _text(data: bytes) -> str:
-    return base64.b64encode(data).decode()
+def _text(array: np.ndarray) -> str:
+    """The array's bytes, little-endian."""
+    return base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode()
 
 
-def _bytes(text: str) -> bytes:
-    return base64.b64decode(text)
+def _array(text: str, kind: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), kind)

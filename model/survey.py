@@ -9,7 +9,7 @@ import pyarrow as pa
 from model import splits
 from model.features import Features, Fitter, learnable, month_of, outcomes
 from model.leakage import Guard
-from model.seen import History, Tallies
+from model.seen import ALWAYS, History, Tallies
 from schemas.contract import Contract
 
 
@@ -58,7 +58,7 @@ def survey(
         LeakageError: a column gives the outcome away.
     """
     fitter, guard = Fitter(contract, embedding_width), Guard(contract)
-    names = ("key", "creative", *(column.name for column in contract.features if "history" in column.tags))
+    names = (*ALWAYS, *(column.name for column in contract.features if "history" in column.tags))
     kept_months = parent.history.months if parent and parent.history else {}
     tallies, months = Tallies(names), dict[int, tuple[int, float, float]]()
     for batch in batches:

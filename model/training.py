@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from model import calibration, encoder, position, ranker, splits
-from model.descent import BESIDE, Descent, Progress, descend, deterministic, graph, write
+from model.descent import Descent, Progress, descend, deterministic, graph, inputs_of, write
 from model.features import Arrays, Examples, Features, learnable, minibatches, month_of, outcomes
 from model.kept import Kept, as_arrays, as_batch, kept
 from model.seen import OF_KEY_AND_CREATIVE, UNKNOWN, hashes_of_rows
@@ -224,7 +224,7 @@ def log_odds_of(model: Any, levels: np.ndarray) -> LogOdds:
     """From a batch of `labelled` rows to its log-odds with their month's, float32 (rows,), by the weights that the model has then."""
     # As a graph: layer by layer from Python it takes several times as long.
     logit = graph(lambda inputs: model(inputs, training=False)["logit"][:, 0])
-    return lambda batch: logit({name: array for name, array in batch.items() if name not in BESIDE}).numpy() + levels[batch["month"]]
+    return lambda batch: logit(inputs_of(batch)).numpy() + levels[batch["month"]]
 
 
 def labelled(examples: Examples, found: Survey, epoch: int) -> Iterator[tuple[Arrays, np.ndarray, pa.RecordBatch]]:

@@ -5,20 +5,18 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
+import google_crc32c
+
 _CHUNK = 1 << 20
 
 
 def crc32c(data: bytes) -> str:
     """Base64 of the big-endian CRC32C, as Google Cloud Storage reports it."""
-    import google_crc32c
-
     return _encoded(google_crc32c.Checksum(data))
 
 
 def crc32c_of_file(path: pathlib.Path) -> str:
     """As `crc32c`, of a file that need not fit in memory."""
-    import google_crc32c
-
     checksum = google_crc32c.Checksum()
     with path.open("rb") as stream:
         for _ in checksum.consume(stream, _CHUNK):
@@ -28,8 +26,6 @@ def crc32c_of_file(path: pathlib.Path) -> str:
 
 def write_checked(path: pathlib.Path, parts: Iterable[Any]) -> str:
     """Write a file and tell its checksum, as `crc32c` does, while its parts are in the caches."""
-    import google_crc32c
-
     checksum = google_crc32c.Checksum()
     with path.open("wb") as stream:
         for part in parts:

@@ -33,21 +33,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 DEFAULT = pathlib.Path(__file__).with_name("ads.pbtxt")
-TAGS = (
-    "key",
-    "image",
-    "clicked",
-    "clicks",
-    "impressions",
-    "position",
-    "segment",
-    "categorical",
-    "history",
-    "mature_before",
-    "allow",
-    "ignore",
-)
 OUTCOMES = ("clicked", "clicks", "impressions")
+TAGS = ("key", "image", *OUTCOMES, "position", "segment", "categorical", "history", "mature_before", "allow", "ignore")
 # What Adstocrat itself adds to rows, beside all columns, and to scores, beside a contract's key and segment columns; none must collide.
 ADDED_TO_ROWS = frozenset(("key", "creative", "image_status", "embedding", "month_number"))
 RESERVED = ADDED_TO_ROWS | {
@@ -143,12 +130,9 @@ class Contract:
                 )
         if self.position and self.position.kind == "bytes":
             raise ContractError(f"contract column {self.position.name!r} is a position of type BYTES; expected INT or FLOAT")
-        if self.mature_before and self.mature_before.kind != "bytes":
-            raise ContractError(
-                f"contract column {self.mature_before.name!r} is a date of type {self.mature_before.kind!r}; expected BYTES"
-            )
-        if self.image and self.image.kind != "bytes":
-            raise ContractError(f"contract column {self.image.name!r} is an image of type {self.image.kind!r}; expected BYTES")
+        for text, what in ((self.mature_before, "a date"), (self.image, "an image")):
+            if text and text.kind != "bytes":
+                raise ContractError(f"contract column {text.name!r} is {what} of type {text.kind!r}; expected BYTES")
         for column in self.kept:
             reserved = RESERVED if column in self.carried else ADDED_TO_ROWS
             if column.name.lower() in reserved:

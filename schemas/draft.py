@@ -99,7 +99,7 @@ def _widen(kind: str | None, column: pa.Array) -> str | None:
     for candidate, arrow in (("int", pa.int64()), ("float", pa.float64())):
         if kind in (None, "int", candidate):
             try:
-                values = pc.cast(column, arrow)
+                values = rows.cast(column, arrow)
             except pa.ArrowInvalid:
                 continue
             # Ingest turns away what is no finite number.

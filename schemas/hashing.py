@@ -2,14 +2,12 @@
 
 A value's bytes are taken as little-endian 64-bit words, the last padded with zeros; each word is folded in by `h = mix(h ^ word)`
 and the length by a last fold. `mix` is the finaliser of SplitMix64 (Steele, Lea and Flood 2014). `hash64_column` hashes a whole
-Arrow column with one NumPy pass a word; `hash64` is the same for one value and needs no NumPy.
+Arrow column with one NumPy pass a word; `hash64` is the same for one value.
 """
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 _MASK = (1 << 64) - 1
 _SEED = 0x9E3779B97F4A7C15
@@ -22,10 +20,8 @@ def mix(h: int) -> int:
     return h ^ (h >> 31)
 
 
-def mix_all(h: "np.ndarray") -> "np.ndarray":
+def mix_all(h: np.ndarray) -> np.ndarray:
     """`mix` of each, uint64, in place: memory that is new costs more than what is done with it."""
-    import numpy as np
-
     h ^= h >> np.uint64(30)
     h *= np.uint64(_FACTORS[0])
     h ^= h >> np.uint64(27)
@@ -47,12 +43,8 @@ def hash64(value: bytes, start: int = _SEED) -> int:
     return mix(h ^ len(value))
 
 
-def hash64_column(column: "pa.Array", start: int = _SEED) -> "np.ndarray":
+def hash64_column(column: pa.Array, start: int = _SEED) -> np.ndarray:
     """Hashes of a string or binary column, shape (rows,), dtype uint64; a null hashes as the empty value."""
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     rows = len(column)
     if not rows:
         return np.empty(0, np.uint64)
@@ -79,8 +71,6 @@ def hash64_column(column: "pa.Array", start: int = _SEED) -> "np.ndarray":
     return mix_all(hashes ^ lengths.astype(np.uint64))
 
 
-def shard_of_column(column: "pa.Array", salt: str, shards: int) -> "np.ndarray":
+def shard_of_column(column: pa.Array, salt: str, shards: int) -> np.ndarray:
     """A shard for each value, by its hash under that salt: shape (rows,), dtype int64, in [0, shards)."""
-    import numpy as np
-
     return (hash64_column(column, salted(salt)) % np.uint64(shards)).astype(np.int64)

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from schemas.storage import Storage
+from schemas.storage import Storage, parsed
 
 CHAMPION = "models/CHAMPION"
 CURRENT = "lookup/CURRENT"
@@ -111,11 +111,8 @@ class Receipt:
     unit: str
     file: str = ""
     rows: int = 0
-    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    counts: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
     crc32c: str = ""
-
-    def __hash__(self) -> int:
-        return hash((self.unit, self.file))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,13 +156,11 @@ def read_manifest(storage: Storage, folder: str) -> Manifest | None:
     Raises:
         ValueError: it is damaged; says where.
     """
+    name, expected = f"{folder}/{MANIFEST}", "what its stage wrote; restore it, or remove that folder and run its month again"
     try:
-        return Manifest.from_json(storage.read(f"{folder}/{MANIFEST}"))
+        return parsed(storage.url(name), storage.read(name), Manifest.from_json, expected)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        damaged = f"{storage.url(folder)}/{MANIFEST} is damaged ({error!r}), expected what its stage wrote"
-        raise ValueError(f"{damaged}; restore it, or remove that folder and run its month again") from error
 
 
 def pack_receipts(storage: Storage, prefix: str) -> list[Receipt]:
@@ -227,9 +222,18 @@ class Publication:
     kept_model: bool = False
 
 
+Noted = TypeVar("Noted", Champion, Current, Publication)
+
+
+def _noted(storage: Storage, name: str, data: bytes, kind: type[Noted]) -> Noted:
+    fields = ", ".join(field.name for field in dataclasses.fields(kind))
+    return parsed(storage.url(name), data, lambda data: kind(**json.loads(data)), f"JSON of {fields}; restore it")
+
+
 def publications(storage: Storage, month: str) -> list[Publication]:
     """All publications of a month, the last one last."""
-    return sorted(Publication(**storage.read_json(name)) for name in storage.names(f"publish/{month}/") if name.endswith(".json"))
+    names = [name for name in storage.names(f"publish/{month}/") if name.endswith(".json")]
+    return sorted(_noted(storage, name, storage.read(name), Publication) for name in names)
 
 
 def note_publication(storage: Storage, publication: Publication) -> None:
@@ -250,7 +254,7 @@ Pointer = TypeVar("Pointer", Champion, Current)
 def read_pointer(storage: Storage, name: str, kind: type[Pointer]) -> tuple[Pointer | None, str | None]:
     """The pointer's value and version, (None, None) while there is none."""
     data, version = storage.read_versioned(name)
-    return (None, None) if data is None else (kind(**json.loads(data)), version)
+    return (None, None) if data is None else (_noted(storage, name, data, kind), version)
 
 
 def move_pointer(storage: Storage, name: str, value: Pointer) -> bool:

@@ -339,11 +339,18 @@ def _typed(column: Column, values: pa.Array, rejecter: Rejecter) -> pa.Array:
 def _cast(values: pa.Array, kind: pa.DataType, column: str, reason: str, rejecter: Rejecter) -> pa.Array:
     """The values as `kind`; those that are not of it are null and reject their rows."""
     try:
-        return values.cast(kind)
+        return cast(values, kind)
     except pa.ArrowInvalid:
         bad = _unfit(values, kind)
         rejecter.reject(pa.array(bad), column, reason)
         return pc.if_else(pa.array(bad), None, values).cast(kind)
+
+
+def cast(values: pa.Array, kind: pa.DataType) -> pa.Array:
+    """The values as `kind`; ArrowInvalid where one is not of it, and 0x10, which Arrow would take for an integer, is none."""
+    if kind == pa.int64() and _bytes_of(values)[1].max(initial=0) > ord("9"):
+        raise pa.ArrowInvalid("a byte that no decimal integer has")
+    return values.cast(kind)
 
 
 def _unfit(values: pa.Array, kind: pa.DataType) -> np.ndarray:
@@ -361,15 +368,15 @@ def _unfit(values: pa.Array, kind: pa.DataType) -> np.ndarray:
         # What was no text is null by now.
         casts = pc.fill_null(surely, True).to_numpy(zero_copy_only=False).copy()
         for row in np.flatnonzero(~casts).tolist():
-            casts[row] = _casts(doubtful[row], kind)
+            casts[row] = _casts(doubtful.slice(row, 1), kind)
     bad = np.zeros(len(values), bool)
     bad[rows] = ~np.array(casts, bool)
     return bad
 
 
-def _casts(value: pa.Array | pa.Scalar, kind: pa.DataType) -> bool:
+def _casts(values: pa.Array, kind: pa.DataType) -> bool:
     try:
-        value.cast(kind)
+        cast(values, kind)
     except pa.ArrowInvalid:
         return False
     return True

@@ -35,6 +35,18 @@ _LISTED = "items(name,size,crc32c,updated),nextPageToken"
 T = TypeVar("T")
 
 
+def parsed(url: str, data: bytes, make: Callable[[bytes], T] = json.loads, expected: str = "JSON; restore it") -> T:
+    """What `make` makes of an object's JSON.
+
+    Raises:
+        ValueError: it is damaged; says where, what was expected and how to mend it.
+    """
+    try:
+        return make(data)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{url} is damaged ({error!r}), expected {expected}") from error
+
+
 class Storage(abc.ABC):
     """A flat name → bytes store with create-once and compare-and-swap."""
 
@@ -97,9 +109,9 @@ class Storage(abc.ABC):
         return f"{self.uri}/{name}"
 
     def read_json(self, name: str) -> Any:
-        """The object as JSON, or None if absent."""
+        """The object as JSON, or None if absent. Raises ValueError where it is damaged."""
         try:
-            return json.loads(self.read(name))
+            return parsed(self.url(name), self.read(name))
         except FileNotFoundError:
             return None
 
@@ -280,7 +292,7 @@ class Bucket(Storage):
             blobs = _client().list_blobs(self._bucket, **options)
             found = list(next(blobs.pages, ()))
             # As in a folder, what begins with a dot is nobody's data.
-            wanted = [blob for blob in found if blob.name != after and "/." not in "/" + blob.name[len(self._prefix) :]]
+            wanted = [blob for blob in found if blob.name != after and "/." not in "/" + self._name(blob)]
             return [read(blob) for blob in wanted], found[-1].name if blobs.next_page_token else None
 
         return list_all(lambda after, end: ask(functools.partial(page, after, end), self.uri), prefix)

@@ -79,14 +79,6 @@ def schema(table: str, contract: Contract | None = None) -> "pa.Schema":
     return pa.schema([pa.field(field["name"], types[field["type"]], field["mode"] != "REQUIRED") for field in fields(table, contract)])
 
 
-def scores(contract: Contract) -> "pa.Schema":
-    return schema("scores", contract)
-
-
-def quality() -> "pa.Schema":
-    return schema("quality")
-
-
 def statements(folder: str, values: Mapping[str, Any]) -> dict[str, Statement]:
     """The files of `views` or `audits` by name, with the values put in."""
     found = {}

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable
 from mmap import mmap
 from typing import Any
 
+import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from schemas.lake import CURRENT, Current, differs, read_pointer
@@ -74,8 +75,6 @@ class Supervisor:
 
     def run(self) -> None:
         """Serve; returns when all requests that were under way at the stop are answered."""
-        import uvicorn
-
         self._workers = [self._start(worker) for worker in range(self._options.workers)]
         probes = uvicorn.Server(uvicorn_config(self._probes_app()))
         threads = [threading.Thread(target=probes.run, args=([self._probes],)), threading.Thread(target=self._watch)]

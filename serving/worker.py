@@ -16,6 +16,7 @@ import sys
 from typing import Any
 
 import uvicorn
+import uvloop
 
 from serving.app import Service
 from serving.counters import Counters
@@ -92,14 +93,8 @@ def main() -> None:
     tokens = Tokens(pathlib.Path(settings["tokens"])) if settings["tokens"] else None
     service = Service(Counters(memory, settings["worker"]), tokens)
     listener, control = (socket.socket(fileno=settings[name]) for name in ("listener", "control"))
-    with contextlib.suppress(KeyboardInterrupt), asyncio.Runner(loop_factory=_loop()) as runner:
+    with contextlib.suppress(KeyboardInterrupt), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(work(service, listener, control, settings["connections"]))
-
-
-def _loop() -> Any:
-    import uvloop
-
-    return uvloop.new_event_loop
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ class World:
                 for name in ("evidence_key", "evidence_creative")
             },
         }
-        schema = tables.scores(CONTRACT)
+        schema = tables.schema("scores", CONTRACT)
         scores = pa.table([own.get(f.name) or pa.repeat(pa.scalar(same[f.name], f.type), self.rows) for f in schema], schema=schema)
         half = self.rows // 2
         units = [(f"shard/{i:05d}.000", start, size) for i, (start, size) in enumerate(((0, half), (half, self.rows - half)))]
@@ -196,7 +196,7 @@ class World:
         info = {**ruling, "month": run.month, "metrics": metrics, "reliability": reliability, "compared": gate.compared(found)}
         day = datetime.date.fromisoformat(f"{run.month}-01")
         same = {"month": day, "run_id": run.id, "kind": "evaluation", "judged_month": day}
-        rows = quality(found, same, dict.fromkeys(models, "r"), tables.quality())
+        rows = quality(found, same, dict.fromkeys(models, "r"))
         written = write_parquet(self.storage, run.stage("evaluation"), "quality", [rows])
         self._commit(run, "evaluation", (written,), encoder="e", ranker=run.version, **info)
 

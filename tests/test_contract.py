@@ -226,6 +226,7 @@ def kinds(contract: Contract) -> dict[str, str]:
         (b"9223372036854775807", b"0", "int"),
         (b"9223372036854775808", b"0", "float"),
         (b" 1", b"2", "bytes"),
+        (b"16", b"0x10", "bytes"),
         ("ü".encode(), b"2", "bytes"),
     ],
 )

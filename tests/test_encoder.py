@@ -71,7 +71,7 @@ def test_embeddings_know_what_is_clicked(tmp_path: pathlib.Path) -> None:
     lines: list[str] = []
     summary = encoder_training.train_encoder(examples(), thumbnails, CONTRACT, 7, tmp_path, lines.append, 6)
     pixels, bright = pictures()
-    embedding = encoder.Encoder.load(tmp_path).embed(pixels)
+    embedding = encoder.Encoder(tmp_path).embed(pixels)
     gate = splits.split_of_creatives(pa.array(NAMES)) == splits.GATE
     train_rows = splits.split_of_creatives(pa.array(NAMES)) == splits.TRAIN
     assert embedding.shape == (CREATIVES, encoder.EMBEDDING_WIDTH) and embedding.dtype == np.float32
@@ -101,14 +101,14 @@ def test_on_a_gpu_it_learns_in_mixed_precision_and_is_written_in_float32(
     assert {layer.compute_dtype for layer in model.layers} == {"float32"} and {array.dtype.name for array in weights} == {"float32"}
     pixels, _ = pictures()
     np.testing.assert_allclose(
-        model({"thumbnail": pixels[:10]}, training=False)["embedding"], encoder.Encoder.load(tmp_path).embed(pixels[:10]), atol=1e-4
+        model({"thumbnail": pixels[:10]}, training=False)["embedding"], encoder.Encoder(tmp_path).embed(pixels[:10]), atol=1e-4
     )
 
 
 def test_an_embedding_does_not_depend_on_its_batch(trained: tuple[pathlib.Path, list[np.ndarray]]) -> None:
     import keras
 
-    loaded = encoder.Encoder.load(trained[0])
+    loaded = encoder.Encoder(trained[0])
     pixels, _ = pictures()
     whole = loaded.embed(pixels)
     np.testing.assert_allclose(np.concatenate([loaded.embed(pixels[:3]), loaded.embed(pixels[3:])]), whole, atol=1e-5)
@@ -120,9 +120,9 @@ def test_an_embedding_does_not_depend_on_its_batch(trained: tuple[pathlib.Path, 
 
 def test_errors(trained: tuple[pathlib.Path, list[np.ndarray]], tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="no model folder"):
-        encoder.Encoder.load(tmp_path)
+        encoder.Encoder(tmp_path)
     with pytest.raises(ValueError, match="expected uint8"):
-        encoder.Encoder.load(trained[0]).embed(np.zeros((1, 32, 32, 3), np.uint8))
+        encoder.Encoder(trained[0]).embed(np.zeros((1, 32, 32, 3), np.uint8))
     with pytest.raises(ValueError, match=r"0 clicks in .* labelled rows"):
         encoder_training.train_encoder(examples(clicks=False), thumbnails, CONTRACT, 0, tmp_path, lambda line: None)
 
@@ -145,11 +145,11 @@ def test_a_backbone_is_named_with_a_file_of_its_weights(tmp_path: pathlib.Path) 
         backbone = ("MobileNetV3Small", path)
         encoder_training.train_encoder(examples(), thumbnails, CONTRACT, 7, tmp_path / "encoder", lambda line: None, 1, backbone)
         trained = keras.models.load_model(tmp_path / "encoder" / "model.keras", compile=False)
-        embedding = encoder.Encoder.load(tmp_path / "encoder").embed(pictures()[0][:20])
+        embedding = encoder.Encoder(tmp_path / "encoder").embed(pictures()[0][:20])
         np.testing.assert_allclose(embedding, trained(pictures()[0][:20])["embedding"], atol=1e-3)
 
 
 def test_without_pictures_it_stays_untrained_and_runs(tmp_path: pathlib.Path) -> None:
     summary = encoder_training.train_encoder(examples(), lambda: iter(()), CONTRACT, 0, tmp_path, lambda line: None)
     assert summary["mode"] == "untrained" and summary["creatives"] == 0
-    assert np.isfinite(encoder.Encoder.load(tmp_path).embed(np.zeros((3, 64, 64, 3), np.uint8))).all()
+    assert np.isfinite(encoder.Encoder(tmp_path).embed(np.zeros((3, 64, 64, 3), np.uint8))).all()

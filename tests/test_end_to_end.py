@@ -30,7 +30,7 @@ from beam_jobs.realised import position_effect
 from beam_jobs.run import kept
 from model import registry
 from model.features import Features, embedding_column
-from model.images import thumbnail
+from model.images import decode
 from schemas import contract as contracts
 from schemas import lake
 from schemas.checksum import crc32c
@@ -119,7 +119,7 @@ def test_the_published_table_is_what_plain_code_computes(undisturbed: tuple[str,
         data, image = storage.read(name), name.rpartition("/")[2]
         status[image] = ("ok", hashlib.sha256(data).hexdigest()) if image != BROKEN else ("not_an_image", None)
         if image != BROKEN:
-            pixels[status[image][1]] = thumbnail(data)
+            pixels[status[image][1]] = decode(data)[0]
     for key, row in expected.items():
         image_status, creative = status.get(row["image"], ("missing", None)) if row["image"] else ("no_image", None)
         assert (table[key]["image_status"], table[key]["creative"]) == (image_status, creative), key

@@ -1,5 +1,6 @@
 """Metrics from columns are those of one impression after another; they merge; and their intervals hold what they should."""
 
+import datetime
 import math
 
 import numpy as np
@@ -208,15 +209,13 @@ def test_a_row_is_drawn_with_its_creative_or_else_alone() -> None:
 def test_the_quality_table_has_every_slice_of_every_model() -> None:
     clicks, impressions, probability = rows(100)
     evaluation = judged(clicks, impressions, probability, np.full(100, 0.1))
-    schema = tables.quality()
-    same = {"month": None, "run_id": "r", "kind": "evaluation", "judged_month": None}
-    loose = pa.schema([field.with_nullable(True) for field in schema])
-    found = quality(evaluation, same, {"m0": "v", "m1": None}, loose).to_pylist()
+    same = {"month": datetime.date(2026, 10, 1), "run_id": "r", "kind": "evaluation", "judged_month": datetime.date(2026, 9, 1)}
+    found = quality(evaluation, same, {"m0": "v", "m1": None}).to_pylist()
     told = [(row["model"], row["model_version"], row["segment"], row["value"]) for row in found]
     assert told == [(m, v, *segment) for m, v in (("m0", "v"), ("m1", None)) for segment in (ALL, HALF)]
     for row in found:
         metrics = evaluation.slices[row["segment"], row["value"]].metrics(int(row["model"][1]))
         assert {name: row[name] for name in metrics} == metrics
-    assert set(schema.names) == {*same, "model", "model_version", "segment", "value", *metrics}
+    assert set(tables.schema("quality").names) == {*same, "model", "model_version", "segment", "value", *metrics}
     assert {WARM, COLD, OVERALL} == {"warm", "cold", "overall"}
     assert Slice(0, np.zeros((1, 5)), np.zeros((1, 3, 4))).impressions == 0

@@ -3,17 +3,18 @@ import pyarrow as pa
 import pytest
 
 from model import splits
-from model.features import Features, embedding_column, embedding_matrix, embedding_type, fit, learnable, minibatches, outcomes
+from model.features import Features, Fitter, embedding_column, embedding_matrix, embedding_type, learnable, minibatches, outcomes
+from model.survey import survey
 from schemas.contract import Column, Contract
 
 CONTRACT = Contract(
     (
         Column("ad_id", "bytes", frozenset({"key"}), True),
-        Column("campaign", "bytes"),
+        Column("campaign", "bytes", frozenset({"allow"})),
         Column("device", "bytes", frozenset({"segment"})),
-        Column("hour", "int", frozenset({"categorical"})),
-        Column("bid", "float"),
-        Column("age", "int"),
+        Column("hour", "int", frozenset({"categorical", "allow"})),
+        Column("bid", "float", frozenset({"allow"})),
+        Column("age", "int", frozenset({"allow"})),
         Column("position", "int", frozenset({"position"}), reference=2.0),
         Column("image", "bytes", frozenset({"image"})),
         Column("impressions", "int", frozenset({"impressions"})),
@@ -23,6 +24,10 @@ CONTRACT = Contract(
 CLICKED = Contract(
     (Column("ad_id", "bytes", frozenset({"key"}), True), Column("x", "float"), Column("clicked", "int", frozenset({"clicked"})))
 )
+
+
+def fit(*batches: pa.RecordBatch) -> Features:
+    return survey(batches, CONTRACT, 4, None).features
 
 
 def joined(rows: int, width: int = 4, seed: int = 0) -> pa.RecordBatch:
@@ -56,7 +61,7 @@ def batch() -> pa.RecordBatch:
 
 @pytest.fixture(scope="module")
 def features(batch: pa.RecordBatch) -> Features:
-    return fit([batch], CONTRACT, 4)
+    return fit(batch)
 
 
 def replaced(batch: pa.RecordBatch, name: str, values: pa.Array) -> pa.RecordBatch:
@@ -145,13 +150,14 @@ def test_fit_only_sees_train_rows_and_no_outcome(features: Features, batch: pa.R
     changed = replaced(batch, "bid", pa.array(bids, mask=batch["bid"].is_null().to_numpy(zero_copy_only=False)))
     changed = replaced(changed, "clicks", pa.array(np.full(len(batch), 7)))
     assert held_out.any()
-    assert fit([changed.slice(0, 1000), changed.slice(1000)], CONTRACT, 4).buckets == features.buckets
-    assert fit([changed], CONTRACT, 4).to_json() == features.to_json()
+    assert fit(changed.slice(0, 1000), changed.slice(1000)).buckets == features.buckets
+    assert fit(changed).to_json() == features.to_json()
 
 
 def test_fit_without_values() -> None:
-    empty = joined(0)
-    features = fit([empty], CONTRACT, 4)
+    fitter = Fitter(CONTRACT, 4)
+    fitter.add(joined(0))
+    features = fitter.fit()
     assert all(len(array) == 5 for array in features.arrays(joined(5), True).values())
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageCms, ImageDraw
 
 from model import images
-from model.images import ImageFault, thumbnail
+from model.images import ImageFault
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 FAULTS = {
@@ -19,6 +19,10 @@ FAULTS = {
     *(images.TRUNCATED, images.CORRUPT, images.TOO_COSTLY),
 }
 ORIENTATION = 0x0112
+
+
+def thumbnail(data: bytes) -> np.ndarray:
+    return images.decode(data)[0]
 
 
 def encoded(picture: Image.Image, kind: str, **options: object) -> bytes:

@@ -164,3 +164,14 @@ def test_a_damaged_manifest_is_told_by_name(tmp_path: pathlib.Path, data: bytes)
     storage.write("rows/manifest.json", data)
     with pytest.raises(ValueError, match=r"rows/manifest.json is damaged \(.*\), expected what its stage wrote; restore it, or remove"):
         lake.read_manifest(storage, "rows")
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b"null", b'{"month": "2026-10", "other": 1}', b"\xff"])
+def test_a_damaged_pointer_or_note_is_told_by_name(tmp_path: pathlib.Path, data: bytes) -> None:
+    storage = Folder(str(tmp_path))
+    for name in (CURRENT, "publish/2026-10/a.json"):
+        storage.write(name, data)
+    with pytest.raises(ValueError, match=r"lookup/CURRENT is damaged \(.*\), expected JSON of month, run; restore it"):
+        lake.read_pointer(storage, CURRENT, Current)
+    with pytest.raises(ValueError, match=r"publish/2026-10/a.json is damaged \(.*\), expected JSON of published, month, run, contract, "):
+        lake.publications(storage, "2026-10")

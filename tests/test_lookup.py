@@ -130,7 +130,7 @@ def score_rows(run: MonthRun, rows: int) -> pa.RecordBatch:
         "evidence_creative": [0] * rows,
     }
     versions = {"encoder_version": ["e"] * rows, "model_version": ["m"] * rows, "run_id": [run.id] * rows}
-    return pa.RecordBatch.from_pydict({**some, **odd, **creative, **versions}, schema=tables.scores(CONTRACT))
+    return pa.RecordBatch.from_pydict({**some, **odd, **creative, **versions}, schema=tables.schema("scores", CONTRACT))
 
 
 @pytest.fixture

@@ -122,7 +122,7 @@ def test_a_first_model_and_one_that_is_as_good_are_promoted(september: Folder) -
     ledger = september.read_json(f"runs/{SEPTEMBER}/{current.run}/ledger.json")
     assert ledger["gate"] == {"status": "promoted", "why": second["why"]}
     rows = published(september, "evaluation")
-    assert rows.schema.equals(tables.quality())
+    assert rows.schema.equals(tables.schema("quality"))
     told = {(row["model"], row["segment"], row["value"]) for row in rows.to_pylist()}
     assert told >= {(model, *part) for model in second["metrics"] for part in (("overall", None), ("device", "d0"))}
     assert set(rows["model_version"].to_pylist()) == {champion.ranker, first["ranker"], None}

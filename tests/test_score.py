@@ -110,7 +110,7 @@ def test_every_ingested_row_is_scored_in_its_unit(run: MonthRun) -> None:
 
 def test_scores_are_rows_of_the_score_table(run: MonthRun) -> None:
     table = scores(run)
-    assert table.schema.equals(tables.scores(run.contract))
+    assert table.schema.equals(tables.schema("scores", run.contract))
     same = {(str(row["month"]), row["encoder_version"], row["model_version"], row["run_id"]) for row in table.to_pylist()}
     assert same == {(f"{MONTH}-01", "e", "r", run.id)}
 

@@ -114,6 +114,13 @@ def test_json_is_read_as_it_was_meant(storage: Storage) -> None:
     assert storage.read_json("a.json") == {"rows": [1, None]}
 
 
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff"])
+def test_damaged_json_is_told_by_name(storage: Storage, data: bytes) -> None:
+    storage.write("runs/inputs.json", data)
+    with pytest.raises(ValueError, match=r"runs/inputs.json is damaged \(.*\), expected JSON; restore it"):
+        storage.read_json("runs/inputs.json")
+
+
 def test_create_is_once(storage: Storage) -> None:
     assert storage.create("deep/folder/a", b"first")
     assert not storage.create("deep/folder/a", b"second")

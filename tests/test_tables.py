@@ -37,7 +37,7 @@ def test_carried_columns_have_their_own_types_and_may_be_null() -> None:
 @pytest.mark.parametrize("contract", [MIXED, contracts.load(contracts.DEFAULT), Contract((KEY,))])
 def test_arrow_and_bigquery_agree(contract: Contract) -> None:
     types = {"DATE": pa.date32(), "STRING": pa.string(), "INT64": pa.int64(), "FLOAT64": pa.float64()}
-    fields, schema = tables.fields("scores", contract), tables.scores(contract)
+    fields, schema = tables.fields("scores", contract), tables.schema("scores", contract)
     assert schema.names == [field["name"] for field in fields]
     assert schema.types == [types[field["type"]] for field in fields]
     assert [not field.nullable for field in schema] == [field["mode"] == "REQUIRED" for field in fields]

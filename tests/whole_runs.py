@@ -87,9 +87,10 @@ class Months:
             **{"run_id": run.id, "encoder_version": pair["encoder"], "model_version": pair["ranker"], "creative": None},
             **{"evidence_key": 3, "evidence_creative": 0},
         }
+        schema = tables.schema("scores", CONTRACT)
         own = {"key": key, "id": key, "device": device, "p_click": pa.array(mean * (0.5 + number / self.rows))}
-        scores = [own.get(field.name) or pa.repeat(pa.scalar(same[field.name], field.type), self.rows) for field in tables.scores(CONTRACT)]
-        batch = pa.RecordBatch.from_arrays(scores, schema=tables.scores(CONTRACT))
+        scores = [own.get(field.name) or pa.repeat(pa.scalar(same[field.name], field.type), self.rows) for field in schema]
+        batch = pa.RecordBatch.from_arrays(scores, schema=schema)
         statuses = {"scored": self.rows, "score_status:no_image": self.rows, "image_status:missing": self.rows}
         written = write_parquet(self.storage, run.stage("scores"), "shard/00000.000@0", cut(batch), statuses)
         self._commit(run, "scores", (written,), **pair)
@@ -100,7 +101,7 @@ class Months:
                     **{"model_version": pair["ranker"], "segment": "overall", "rows": 7, "impressions": 9.0, "clicks": 1.0},
                 }
             ],
-            schema=tables.quality(),
+            schema=tables.schema("quality"),
         )
         judged = write_parquet(self.storage, run.stage("evaluation"), "quality", [quality])
         self._commit(run, "evaluation", (judged,), **pair, promoted=True, status="promoted", why='it is "better"')
