@@ -23,14 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_jobs import statistics
-from beam_jobs.arrow import (
-    CommitStage,
-    Repartition,
-    ShardPair,
-    pair_shards,
-    read_table,
-    shards_for,
-)
+from beam_jobs.arrow import CommitStage, Repartition, ShardPair, pair_shards, read_table, shards_for
 from beam_jobs.ingest import shard_of_image
 from beam_jobs.join import INDEX
 from beam_jobs.run import LISTING, MonthRun, listing_file

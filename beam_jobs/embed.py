@@ -16,16 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from apache_beam.ml.inference.base import RunInference
 
-from beam_jobs.arrow import (
-    CommitStage,
-    Repartition,
-    ShardPair,
-    Unit,
-    WriteUnits,
-    pair_shards,
-    read_table,
-    read_unit,
-)
+from beam_jobs.arrow import CommitStage, Repartition, ShardPair, Unit, WriteUnits, pair_shards, read_table, read_unit
 from beam_jobs.creatives import pack_files
 from beam_jobs.inference import EncoderHandler, Named
 from beam_jobs.run import MonthRun
