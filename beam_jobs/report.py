@@ -17,8 +17,9 @@ from typing import Any
 
 from beam_jobs.config import Config
 from beam_jobs.run import MonthRun, StageError, kept
+from beam_jobs.runs import find
 from schemas import lake
-from schemas.storage import Storage
+from schemas.storage import Storage, open_storage
 
 PUBLISHED, KEPT, REPLACED, STOPPED, UNFINISHED = "published", "kept", "replaced", "stopped", "unfinished"
 INDEX = "runs/index.html"
@@ -65,9 +66,6 @@ def of_run(config: Config, id: str) -> MonthRun:
     Raises:
         StageError: there is none, or it was removed.
     """
-    from beam_jobs.runs import find
-    from schemas.storage import open_storage
-
     found = find(open_storage(config.lake), id)
     return kept(config, found.month, found.id)
 
