@@ -6,17 +6,14 @@ import logging
 import resource
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from beam_jobs import drift, ledger
+from beam_jobs import drift, ledger, publish, report
 from beam_jobs.notify import notify
 from beam_jobs.ready import check_rejects
 from beam_jobs.run import HandedOverError, MonthRun, stage_error
 from schemas import lake
 from schemas.lake import Manifest
-
-if TYPE_CHECKING:
-    from beam_jobs.report import Summary
 
 log = logging.getLogger("adstocrat")
 Flags = Sequence[str]
@@ -39,10 +36,8 @@ class Stage:
     tell: Callable[[MonthRun], tuple[str, int]]
 
 
-def run_month(run: MonthRun, flags: Flags) -> "Summary":
+def run_month(run: MonthRun, flags: Flags) -> report.Summary:
     """Run all stages, show the ledger, tell the webhook, and make the page; of a month that is stopped both say why."""
-    from beam_jobs import report
-
     try:
         ran = _run_stages(run, flags)
     except HandedOverError:
@@ -58,8 +53,6 @@ def run_month(run: MonthRun, flags: Flags) -> "Summary":
 
 def _run_stages(run: MonthRun, flags: Flags) -> bool:
     """Whether any had to run."""
-    from beam_jobs import report
-
     log.info("month %s, run %s, window %s", run.month, run.id, ", ".join(month for month, _ in run.window))
     started, expected, ran = time.monotonic(), _expected(run), False
     for i, stage in enumerate(STAGES):
@@ -120,7 +113,7 @@ def _pipeline(step: str, define: Any, flags: Flags, run: MonthRun, *arguments: A
     run_step(lambda root: define(root, run, *arguments), flags, run, step)
 
 
-# Each stage imports its own job, so that a month in which nothing is to do imports neither Beam nor TensorFlow.
+# A stage of pipelines imports its own job, so that a month in which nothing is to do imports neither Beam nor TensorFlow.
 
 
 def _ingest(run: MonthRun, flags: Flags) -> None:
@@ -176,10 +169,6 @@ def _tell_realised(run: MonthRun) -> tuple[str, int]:
     told = _realised_quality(run)
     judged = f"of {told['month']}, run {told['run']}, {told['matched_share']:.1%} of impressions matched: " if told["rows"] else ""
     return f"{judged}{told['verdict']}", sum(row["impressions"] for row in told["rows"] if row["segment"] is None)
-
-
-def _drift(run: MonthRun, flags: Flags) -> None:
-    drift.execute(run)
 
 
 def _tell_drift(run: MonthRun) -> tuple[str, int]:
@@ -301,18 +290,6 @@ def _tell_lookup(run: MonthRun) -> tuple[str, int]:
     return f"{lookup.rows:,} keys in {lookup.info['shards']} shards", lookup.rows
 
 
-def _is_published(run: MonthRun) -> bool:
-    from beam_jobs import publish
-
-    return publish.is_published(run)
-
-
-def _publish(run: MonthRun, flags: Flags) -> None:
-    from beam_jobs import publish
-
-    publish.publish(run)
-
-
 def _tell_publish(run: MonthRun) -> tuple[str, int]:
     rows = lake.publications(run.storage, run.month)[-1].rows
     return f"{rows:,} rows of run {run.id}{' to ' + run.config.dataset + '.scores' if run.config.dataset else ''}", rows
@@ -336,10 +313,10 @@ STAGES = (
     Stage("realised", _realised_is_complete, _realised, _tell_realised),
     Stage("encoder", _complete(_encoder_folder), _encoder, _tell_model(_encoder_folder)),
     Stage("embed", _embed_is_complete, _embed, _tell_embed),
-    Stage("drift", drift.is_complete, _drift, _tell_drift),
+    Stage("drift", drift.is_complete, lambda run, _: drift.execute(run), _tell_drift),
     Stage("train", _complete(_ranker_folder), _train, _tell_model(_ranker_folder)),
     Stage("evaluate", _complete(_of("evaluation")), _evaluate, _tell_evaluate),
     Stage("score", _score_is_complete, _score, _tell_score),
     Stage("lookup", _complete(_of("lookup")), _lookup, _tell_lookup),
-    Stage("publish", _is_published, _publish, _tell_publish),
+    Stage("publish", publish.is_published, lambda run, _: publish.publish(run), _tell_publish),
 )
