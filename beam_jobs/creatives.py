@@ -85,7 +85,6 @@ def _paired(root: beam.Pipeline, run: MonthRun, shards: int, assign: Any) -> bea
         sides.append(
             root
             | f"{label}Files" >> Listed(files, str)
-            | f"Spread{label}" >> beam.Reshuffle()
             | f"Read{label}" >> beam.FlatMap(functools.partial(_read, run.storage, columns)).with_output_types(pa.RecordBatch)
             | f"Shard{label}" >> Repartition(run.storage, run.spill, shards, assign, unit_rows=None)
         )

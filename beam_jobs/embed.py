@@ -43,7 +43,6 @@ def define_pack_pipeline(root: beam.Pipeline, run: MonthRun, encoder: str) -> No
     _ = (
         root
         | "Packs" >> Listed(functools.partial(unseen_packs, run.storage, encoder), str)
-        | "SpreadPacks" >> beam.Reshuffle()
         | "EmbedPacks" >> _EmbedPacks(run.storage, encoder, folder, read).with_resource_hints(**hints)
         | "CommitPacks" >> CommitStage(run.storage, folder, "packs", {"encoder": encoder})
     )
@@ -82,14 +81,12 @@ def define_gather_pipeline(root: beam.Pipeline, run: MonthRun, encoder: str, mon
     wanted = (
         root
         | "Index" >> Listed(functools.partial(_index_files, run, month, id), tuple[str, int])
-        | "SpreadIndex" >> beam.Reshuffle()
         | "ReadWanted" >> beam.FlatMap(functools.partial(_read_wanted, storage)).with_output_types(pa.RecordBatch)
         | "ShardWanted" >> Repartition(storage, spill, shards, by_creative, unit_rows=None)
     )
     embedded = (
         root
         | "Embeddings" >> Listed(lambda: [receipt.file for receipt in _embedded(storage, encoder)], str)
-        | "SpreadEmbeddings" >> beam.Reshuffle()
         | "ReadEmbeddings" >> beam.FlatMap(functools.partial(read_parquet, storage)).with_output_types(pa.RecordBatch)
         | "ShardEmbeddings" >> Repartition(storage, spill, shards, by_creative, unit_rows=None)
     )

@@ -94,7 +94,7 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun) -> None:
 
 def define_plan(root: beam.Pipeline, run: MonthRun) -> "tuple[beam.PCollection[Unit], beam.PCollection[Plan]]":
     """The window's units, and what of them is judged."""
-    units = root | "Units" >> Listed(functools.partial(units_of, run), Unit) | "SpreadUnits" >> beam.Reshuffle()
+    units = root | "Units" >> Listed(functools.partial(units_of, run), Unit)
     plan = (
         units
         | "CountUnit" >> beam.Map(count, run).with_output_types(Counted)

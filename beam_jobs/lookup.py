@@ -45,7 +45,6 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun, scores: Manifest) -> Non
     _ = (
         root
         | "Scores" >> Listed(lambda: run.manifest(run.stage("scores"), "score").files, str)
-        | "SpreadScores" >> beam.Reshuffle()
         | "ReadScores" >> beam.FlatMap(functools.partial(read_scores, run.storage)).with_output_types(pa.RecordBatch)
         | "ShardByKey" >> Repartition(run.storage, run.spill, shards, functools.partial(shard_of_key, shards=shards), unit_rows=None)
         | "SpreadShards" >> beam.Reshuffle()

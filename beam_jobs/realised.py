@@ -74,7 +74,6 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun, month: str, id: str, seg
     outcomes_, scored = (
         root
         | f"{name}Files" >> Listed(files, str)
-        | f"Spread{name}" >> beam.Reshuffle()
         | f"Read{name}" >> beam.FlatMap(read).with_output_types(pa.RecordBatch)
         | f"Shard{name}" >> Repartition(run.storage, run.spill, shards, by_key, unit_rows=None)
         for name, (files, read) in sides.items()

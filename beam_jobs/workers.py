@@ -83,9 +83,10 @@ def _make_sure_of_gpu() -> None:
 
 @dataclasses.dataclass(eq=False)
 class Listed(beam.PTransform):
-    """Where a pipeline begins: what there is to do, PBegin → PCollection[kind], listed on a worker and not carried by the job's graph.
+    """Where a pipeline begins: what there is to do, PBegin → PCollection[kind], listed on a worker and spread over all of them.
 
-    A graph may have 10 MB; the units of a billion rows in three months, or the packs of 100 M creatives, have more.
+    A job's graph could not carry it: that may have 10 MB; the units of a billion rows in three months, or the packs of 100 M creatives,
+    have more.
 
     Attributes:
         make: lists it, from the lake's manifests.
@@ -96,8 +97,8 @@ class Listed(beam.PTransform):
     kind: Any
 
     def expand(self, root: Any) -> beam.PCollection:
-        source = source_digest()
-        return root | beam.Impulse() | "List" >> beam.FlatMap(_listed, source, self.make).with_output_types(self.kind)
+        listed = root | beam.Impulse() | "List" >> beam.FlatMap(_listed, source_digest(), self.make).with_output_types(self.kind)
+        return listed | "Spread" >> beam.Reshuffle()
 
 
 def _listed(_: bytes, source: str, make: Callable[[], Iterable[Any]]) -> Iterable[Any]:
