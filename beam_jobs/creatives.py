@@ -13,7 +13,7 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,11 +23,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_jobs import statistics
-from beam_jobs.arrow import CommitStage, Repartition, ShardPair, pair_shards, read_table, shards_for
+from beam_jobs.arrow import CommitStage, ShardPair, pair_shards, read_table, shards_for
 from beam_jobs.ingest import shard_of_image
 from beam_jobs.join import INDEX
 from beam_jobs.run import LISTING, MonthRun, listing_file
-from beam_jobs.workers import Listed
+from beam_jobs.workers import read_by_shard
 from model import images
 from schemas import lake
 from schemas.hashing import shard_of_column
@@ -51,9 +51,8 @@ def define_pack_pipeline(root: beam.Pipeline, run: MonthRun) -> None:
     """Listing and known images → packs of the new ones, with thumbnails; units hold equal contents together."""
     folder = run.stage("creatives")
     units = shards_for(run.storage.read_json(f"{run.folder}/inputs.json")["images"]["count"], IMAGES_PER_UNIT)
-    assign = functools.partial(shard_of_content, shards=units)
     _ = (
-        _paired(root, run, units, assign)
+        _paired(root, run, units, shard_of_content)
         | "FetchAndDecode" >> beam.Map(write_pack, run, units).with_output_types(Receipt)
         | "CommitPacks" >> CommitStage(run.storage, f"{folder}/packs", "packs")
     )
@@ -62,9 +61,8 @@ def define_pack_pipeline(root: beam.Pipeline, run: MonthRun) -> None:
 def define_index_pipeline(root: beam.Pipeline, run: MonthRun, shards: int) -> None:
     """Listing and all images looked at → the month's image names with creative and status, in the shards of the rows."""
     folder = run.stage("creatives")
-    assign = functools.partial(_shard_of_name, shards=shards)
     _ = (
-        _paired(root, run, shards, assign)
+        _paired(root, run, shards, _shard_of_name)
         | "WriteIndex" >> beam.Map(write_index, run.storage, folder).with_output_types(Receipt)
         | "CommitIndex" >> CommitStage(run.storage, folder, "creatives", {"shards": shards})
     )
@@ -76,19 +74,10 @@ def pack_files(storage: Storage) -> list[str]:
 
 
 def _paired(root: beam.Pipeline, run: MonthRun, shards: int, assign: Any) -> beam.PCollection:
-    sides = []
-    listed: tuple[tuple[str, Callable[[], list[str]], pa.Schema], ...] = (
-        ("Listing", lambda: [listing_file(run)], LISTING),
-        ("Known", lambda: pack_files(run.storage), FILES),
-    )
-    for label, files, columns in listed:
-        sides.append(
-            root
-            | f"{label}Files" >> Listed(files, str)
-            | f"Read{label}" >> beam.FlatMap(functools.partial(_read, run.storage, columns)).with_output_types(pa.RecordBatch)
-            | f"Shard{label}" >> Repartition(run.storage, run.spill, shards, assign, unit_rows=None)
-        )
-    return pair_shards(sides[0], sides[1])
+    read_listing, read_known = (functools.partial(_read, run.storage, columns) for columns in (LISTING, FILES))
+    listing = read_by_shard(root, "Listing", run, lambda: [listing_file(run)], read_listing, shards, assign)
+    known = read_by_shard(root, "Known", run, lambda: pack_files(run.storage), read_known, shards, assign)
+    return pair_shards(listing, known)
 
 
 def _read(storage: Storage, columns: pa.Schema, file: str) -> Iterator[pa.RecordBatch]:

@@ -22,11 +22,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_jobs import drift, statistics
-from beam_jobs.arrow import Repartition, ShardPair, pair_shards, read_table, shards_for
+from beam_jobs.arrow import ShardPair, pair_shards, read_table, shards_for
 from beam_jobs.duplicates import shard_of_key
 from beam_jobs.evaluate import segments_of
 from beam_jobs.run import AlarmError, MonthRun
-from beam_jobs.workers import Listed
+from beam_jobs.workers import read_by_shard
 from model import gate, registry
 from model.evaluation import OVERALL, Evaluation, Segment, Slice, clusters_of, evaluate, log_ratio, merged, quality
 from model.features import MONTH, outcomes
@@ -65,21 +65,13 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun, month: str, id: str, seg
     """This month's outcomes and last month's scores, by key → sums of metrics → the verdict."""
     scores = run.manifest(lake.stage_folder("scores", month, id), "score")
     shards = shards_for(scores.rows)
-    by_key = functools.partial(shard_of_key, shards=shards)
     judged = functools.partial(judge_pair, run=run, ranker=scores.info["ranker"], segments=segments)
-    sides: dict[str, tuple[Callable[[], list[str]], Callable[[str], Iterator[pa.RecordBatch]]]] = {
-        "Outcomes": (functools.partial(_files, run, "rows", run.month, run.id), functools.partial(read_outcomes, run)),
-        "Scores": (functools.partial(_files, run, "scores", month, id), functools.partial(read_columns, run.storage, columns=_SCORES)),
-    }
-    outcomes_, scored = (
-        root
-        | f"{name}Files" >> Listed(files, str)
-        | f"Read{name}" >> beam.FlatMap(read).with_output_types(pa.RecordBatch)
-        | f"Shard{name}" >> Repartition(run.storage, run.spill, shards, by_key, unit_rows=None)
-        for name, (files, read) in sides.items()
-    )
+    rows_of, scores_of = functools.partial(_files, run, "rows", run.month, run.id), functools.partial(_files, run, "scores", month, id)
+    read_scores = functools.partial(read_columns, run.storage, columns=_SCORES)
+    happened = read_by_shard(root, "Outcomes", run, rows_of, functools.partial(read_outcomes, run), shards, shard_of_key)
+    scored = read_by_shard(root, "Scores", run, scores_of, read_scores, shards, shard_of_key)
     _ = (
-        pair_shards(outcomes_, scored)
+        pair_shards(happened, scored)
         | "Judge" >> beam.Map(judged).with_output_types(tuple[int, Part])
         | "GroupSome" >> beam.GroupByKey()
         | "MergeSome" >> beam.MapTuple(lambda _, parts: merge_parts(parts)).with_output_types(Part)

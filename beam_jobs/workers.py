@@ -9,10 +9,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import apache_beam as beam
+import numpy as np
+import pyarrow as pa
 from apache_beam.options.pipeline_options import DebugOptions, PipelineOptions, StandardOptions, WorkerOptions
 
+from beam_jobs.arrow import Repartition
 from beam_jobs.config import Config
-from beam_jobs.run import StageError, source_digest
+from beam_jobs.run import MonthRun, StageError, source_digest
 
 # Beam's own flags, where they are not given.
 _DEFAULTS = {
@@ -108,3 +111,22 @@ def _listed(_: bytes, source: str, make: Callable[[], Iterable[Any]]) -> Iterabl
             "launches, and name it with --sdk_container_image"
         )
     return make()
+
+
+def read_by_shard(
+    root: beam.Pipeline,
+    name: str,
+    run: MonthRun,
+    files: Callable[[], Iterable[Any]],
+    read: Callable[[Any], Iterable[pa.RecordBatch]],
+    shards: int,
+    assign: Callable[..., np.ndarray],
+    kind: Any = str,
+) -> beam.PCollection:
+    """The batches that are `read` of the lake's `files`, of type `kind`, in shards: PBegin → PCollection[Unit], one for each shard."""
+    return (
+        root
+        | f"{name}Files" >> Listed(files, kind)
+        | f"Read{name}" >> beam.FlatMap(read).with_output_types(pa.RecordBatch)
+        | f"Shard{name}" >> Repartition(run.storage, run.spill, shards, functools.partial(assign, shards=shards), unit_rows=None)
+    )

@@ -59,12 +59,12 @@ SHUFFLED = {
     },
     "embed pack": {"Packs/Spread", "CommitPacks/GroupByUnit"},
     "embed gather": {
-        *("Index/Spread", "Embeddings/Spread", "ShardWanted/GroupByShard", "ShardEmbeddings/GroupByShard", "PairShards/CoGroupByKeyImpl"),
-        *("SpreadPairs", "ShardByImage/GroupByShard", "SpreadShards", "CommitEmbeddings/GroupByUnit"),
+        *("WantedFiles/Spread", "EmbeddingsFiles/Spread", "ShardWanted/GroupByShard", "ShardEmbeddings/GroupByShard"),
+        *("PairShards/CoGroupByKeyImpl", "SpreadPairs", "ShardByImage/GroupByShard", "SpreadShards", "CommitEmbeddings/GroupByUnit"),
     },
     "evaluate": {"Units/Spread", "GroupSome"},
     "score": {"Units/Spread", "CommitScores/GroupByUnit"},
-    "lookup": {"Scores/Spread", "ShardByKey/GroupByShard", "SpreadShards", "CommitLookup/GroupByUnit"},
+    "lookup": {"ScoresFiles/Spread", "ShardScores/GroupByShard", "SpreadShards", "CommitLookup/GroupByUnit"},
     "train": {"Run/Spread"},
 }
 
