@@ -195,7 +195,7 @@ def predicted(
         by_encoder = {encoder: batch.filter(pa.array(judged)) for encoder, batch in zip(encoders, batches, strict=True)}
         predictions: dict[str, np.ndarray] = {}
         for name, pair in pairs.items():
-            ranker = _ranker(run, pair.ranker)
+            ranker = ranker_of(run, pair.ranker)
             probability = ranker.predict(by_encoder[pair.encoder], at_reference=False)
             # As scoring has it: a row that the model fails on has the base rate.
             predictions[name] = np.where(np.isfinite(probability), probability, ranker.base_rate)
@@ -287,7 +287,8 @@ def check_promoted(run: MonthRun) -> None:
 
 
 @functools.lru_cache(4)
-def _ranker(run: MonthRun, version: str) -> Any:
+def ranker_of(run: MonthRun, version: str) -> Any:
+    """A ranker that was trained under the run's contract, loaded once a process."""
     ranker = registry.load(run.storage, "ranker", version)
     if ranker.fingerprint != run.contract.fingerprint:
         raise StageError(f"ranker {version!r} was trained under contract {ranker.fingerprint}, the month has {run.contract.fingerprint}")

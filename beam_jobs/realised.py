@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from beam_jobs import drift, statistics
 from beam_jobs.arrow import ShardPair, pair_shards, read_table, shards_for
 from beam_jobs.duplicates import shard_of_key
-from beam_jobs.evaluate import segments_of
+from beam_jobs.evaluate import ranker_of, segments_of
 from beam_jobs.run import AlarmError, MonthRun
 from beam_jobs.workers import read_by_shard
 from model import gate, registry
@@ -101,7 +101,7 @@ def judge_pair(pair: ShardPair, run: MonthRun, ranker: str, segments: frozenset[
     rows = read_table(run.storage, pair.left).combine_chunks()
     schema = pa.schema([tables.schema("scores").field(name) for name in _SCORES])
     scores = read_table(run.storage, pair.right, schema)
-    effect = functools.partial(position_effect, _ranker(run, ranker), run.contract)
+    effect = functools.partial(position_effect, ranker_of(run, ranker), run.contract)
     evaluation, unmatched = judge(rows, scores, run.contract, effect, segments)
     return pair.shard // _PARTS_MERGED, Part(pair.shard, evaluation, unmatched)
 
@@ -118,7 +118,7 @@ def judge(
     found = scores.take(at.drop_null()).combine_chunks()
     p = found["p_click"].to_numpy()
     moved = probabilities(np.log(p) - np.log1p(-p) + effect(_positions(known, contract)))
-    clusters = clusters_of(pa.record_batch({"key": known["key"], "creative": _one_chunk(found["creative"])}))
+    clusters = clusters_of(pa.record_batch({"key": known["key"], "creative": found["creative"].combine_chunks()}))
     slices = {segment: at for segment, at in segments_of(known, contract) if segment in segments}
     evaluation = evaluate(clicks[matched], impressions[matched], {MODEL: moved}, clusters, slices)
     unmatched: dict[Segment, tuple[float, float, float]] = {}
@@ -264,10 +264,6 @@ def _positions(batch: pa.RecordBatch, contract: Contract) -> np.ndarray:
     return batch[contract.position.name].cast(pa.float64()).to_numpy(zero_copy_only=False)
 
 
-def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
-    return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-
-
 def _row(segment: str, value: str | None, found: Slice) -> dict[str, Any]:
     metrics = found.metrics(0)
     short = {"normalized_entropy": "ne", "calibration": "calibration"}
@@ -289,8 +285,3 @@ def _off(found: Slice, level: float) -> tuple[float, float]:
 
 def _number(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.3f}"
-
-
-@functools.lru_cache(2)
-def _ranker(run: MonthRun, version: str) -> Any:
-    return registry.load(run.storage, "ranker", version)
