@@ -223,20 +223,20 @@ def headlines(storage: Storage, month: str, id: str) -> list[str]:
 def previous(run: MonthRun) -> tuple[str, str]:
     """The month before and the run that was last published of it, with rows of this contract; ("", "") where there is none."""
     month = lake.month_after(run.month, -1)
-    notes = [note.run for note in lake.publications(run.storage, month) if note.contract == run.contract.fingerprint]
-    return (month, dict(run.earlier).get(month, notes[-1])) if notes else ("", "")
+    last = lake.last_publication(run.storage, month, run.contract.fingerprint)
+    return (month, dict(run.earlier).get(month, last.run)) if last else ("", "")
 
 
 def _latest(run: MonthRun) -> tuple[str, str, Sketches]:
     """The last month before with a published run, that run and its sketches, of columns that are still what they were; or nothing."""
     for back in range(1, _TRAILING + 1):
         month = lake.month_after(run.month, -back)
-        for note in lake.publications(run.storage, month)[-1:]:
-            id = dict(run.earlier).get(month, note.run)
-            if found := statistics.of_run(run.storage, month, id):
-                then, now = _meanings(kept(run.config, month, id).contract), _meanings(run.contract)
-                same = {name for name, meaning in now.items() if then.get(name) == meaning}
-                return month, id, {key: sketch for key, sketch in found.items() if key[0] == IMAGES or key[1] in same}
+        last = lake.last_publication(run.storage, month)
+        id = dict(run.earlier).get(month, last.run) if last else ""
+        if last and (found := statistics.of_run(run.storage, month, id)):
+            then, now = _meanings(kept(run.config, month, id).contract), _meanings(run.contract)
+            same = {name for name, meaning in now.items() if then.get(name) == meaning}
+            return month, id, {key: sketch for key, sketch in found.items() if key[0] == IMAGES or key[1] in same}
     return "", "", {}
 
 
@@ -379,8 +379,8 @@ class _Usual:
 
     def __init__(self, storage: Storage, month: str):
         months = [lake.month_after(month, -back) for back in range(1, _TRAILING + 1)]
-        runs = [(earlier, notes[-1].run) for earlier in months if (notes := lake.publications(storage, earlier))]
-        documents = [storage.read_json(_file(*pair)) or {"compared": []} for pair in runs]
+        published = [last for earlier in months if (last := lake.last_publication(storage, earlier))]
+        documents = [storage.read_json(_file(last.month, last.run)) or {"compared": []} for last in published]
         self._rows = [row for document in documents for row in document["compared"]]
 
     def __call__(self, kind: str, column: str, value: str | None) -> list[float]:

@@ -97,12 +97,11 @@ def compare(storage: Storage, one: str, other: str) -> dict[str, Any]:
         registry.fetch(storage, "ranker", one, pathlib.Path(folder))
         contract = contracts.load(pathlib.Path(folder) / "contract.pbtxt")
     for month in sorted({name.split("/")[1] for name in storage.names("publish/")}, reverse=True):
-        ids = [note.run for note in lake.publications(storage, month) if note.contract == contract.fingerprint]
-        folders = [lake.embeddings_folder(pair.encoder, month, ids[-1]) for pair in pairs.values()] if ids else []
-        if folders and all(lake.read_manifest(storage, folder) for folder in folders):
-            earlier = storage.read_json(f"{lake.run_folder(month, ids[-1])}/inputs.json")["window"]
+        last = lake.last_publication(storage, month, contract.fingerprint)
+        if last and all(lake.read_manifest(storage, lake.embeddings_folder(pair.encoder, month, last.run)) for pair in pairs.values()):
+            earlier = storage.read_json(f"{lake.run_folder(month, last.run)}/inputs.json")["window"]
             window = tuple((earlier_month, id) for earlier_month, id in earlier)
-            run = MonthRun(storage, contract, Config(lake=storage.uri), month, ids[-1], window, None, None)
+            run = MonthRun(storage, contract, Config(lake=storage.uri), month, last.run, window, None, None)
             evaluation = _evaluate(run, pairs)
             if evaluation.overall.rows:
                 return {"month": month, "versions": [one, other], "slices": _compared(evaluation, one, other)}

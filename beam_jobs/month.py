@@ -77,8 +77,8 @@ def _run_stages(run: MonthRun, flags: Flags) -> bool:
 
 def _expected(run: MonthRun) -> dict[str, float]:
     """Seconds that each stage took in the last run of the month before, as the ledger has them; nothing where there is none."""
-    noted = lake.publications(run.storage, lake.month_after(run.month, -1))
-    told = noted and run.storage.read_json(f"{lake.run_folder(noted[-1].month, noted[-1].run)}/ledger.json")
+    last = lake.last_publication(run.storage, lake.month_after(run.month, -1))
+    told = last and run.storage.read_json(f"{lake.run_folder(last.month, last.run)}/ledger.json")
     seconds: dict[str, float] = {}
     for step, values in (told or {}).get("used", {}).items():
         stage = step.partition("-")[0]

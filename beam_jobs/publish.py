@@ -50,8 +50,8 @@ def publish(run: MonthRun) -> None:
 
 def _with_dataset(run: MonthRun, config: Config) -> MonthRun:
     """The run with the dataset that its month was last published to, unless the config names one: no table is left behind."""
-    noted = lake.publications(run.storage, run.month)
-    dataset = config.dataset or (noted[-1].dataset if noted else "") or None
+    last = lake.last_publication(run.storage, run.month)
+    dataset = config.dataset or (last.dataset if last else "") or None
     return dataclasses.replace(run, config=dataclasses.replace(config, dataset=dataset))
 
 

@@ -81,9 +81,9 @@ def collect(run: MonthRun, status: str, verdict: str) -> dict[str, Any]:
 
 def _before(run: MonthRun) -> Month | None:
     """The scores that the month before was last published with; None where there are none, or they were removed."""
-    noted = lake.publications(run.storage, lake.month_after(run.month, -1))
+    last = lake.last_publication(run.storage, lake.month_after(run.month, -1))
     try:
-        found = report_scores.read(kept(run.config, noted[-1].month, noted[-1].run)) if noted else None
+        found = report_scores.read(kept(run.config, last.month, last.run)) if last else None
     except StageError:
         return None
     return found and found[0]
@@ -91,8 +91,8 @@ def _before(run: MonthRun) -> Month | None:
 
 def _statistics(run: MonthRun, previous: str | None) -> list[dict]:
     """What is known of the columns, of the month that was compared with and of this one."""
-    noted = lake.publications(run.storage, previous) if previous else []
-    runs = [(noted[-1].month, noted[-1].run) if noted else ("", ""), (run.month, run.id)]
+    last = lake.last_publication(run.storage, previous) if previous else None
+    runs = [(last.month, last.run) if last else ("", ""), (run.month, run.id)]
     return [sections.statistics(run.storage, run.contract, *which) for which in runs]
 
 

@@ -210,8 +210,8 @@ def kept(config: Config, month: str, id: str) -> MonthRun:
 
 def published_contract(config: Config, month: str) -> Contract | None:
     """The contract that the month was last published with, where the settings name none; None where it never was. Raises as `kept`."""
-    noted = lake.publications(open_storage(config.lake), month)
-    return kept(config, month, noted[-1].run).contract if noted and not config.contract else None
+    last = lake.last_publication(open_storage(config.lake), month)
+    return kept(config, month, last.run).contract if last and not config.contract else None
 
 
 def _images(storage: Storage, prefix: str) -> pa.Table:
@@ -323,12 +323,10 @@ def _published_window(storage: Storage, contract: Contract, config: Config, mont
     """The run last published of each earlier month of the window, of those whose rows have this contract."""
     window = []
     for earlier in (lake.month_after(month, -back) for back in range(config.window_months - 1, 0, -1)):
-        published = lake.publications(storage, earlier)
-        readable = [note.run for note in published if note.contract == contract.fingerprint]
-        if readable:
-            window.append((earlier, readable[-1]))
-        elif published:
-            log.info("%s is left out of training: its run %s has another contract", earlier, published[-1].run)
+        if readable := lake.last_publication(storage, earlier, contract.fingerprint):
+            window.append((earlier, readable.run))
+        elif other := lake.last_publication(storage, earlier):
+            log.info("%s is left out of training: its run %s has another contract", earlier, other.run)
     return tuple(window)
 
 
