@@ -26,7 +26,7 @@ from beam_jobs import statistics
 from beam_jobs.arrow import CommitStage, ShardPair, pair_shards, read_table, shards_for
 from beam_jobs.ingest import shard_of_image
 from beam_jobs.join import INDEX
-from beam_jobs.run import LISTING, MonthRun, listing_file
+from beam_jobs.run import LISTING, MonthRun
 from beam_jobs.workers import read_by_shard
 from model import images
 from schemas import lake
@@ -50,7 +50,7 @@ PACK = pa.schema([*FILES, ("thumbnail", pa.binary(images.THUMBNAIL_BYTES))])
 def define_pack_pipeline(root: beam.Pipeline, run: MonthRun) -> None:
     """Listing and known images → packs of the new ones, with thumbnails; units hold equal contents together."""
     folder = run.stage("creatives")
-    units = shards_for(run.storage.read_json(f"{run.folder}/inputs.json")["images"]["count"], IMAGES_PER_UNIT)
+    units = shards_for(run.inputs["images"]["count"], IMAGES_PER_UNIT)
     _ = (
         _paired(root, run, units, shard_of_content)
         | "FetchAndDecode" >> beam.Map(write_pack, run, units).with_output_types(Receipt)
@@ -75,7 +75,7 @@ def pack_files(storage: Storage) -> list[str]:
 
 def _paired(root: beam.Pipeline, run: MonthRun, shards: int, assign: Any) -> beam.PCollection:
     read_listing, read_known = (functools.partial(_read, run.storage, columns) for columns in (LISTING, FILES))
-    listing = read_by_shard(root, "Listing", run, lambda: [listing_file(run)], read_listing, shards, assign)
+    listing = read_by_shard(root, "Listing", run, lambda: [run.inputs["listing"]], read_listing, shards, assign)
     known = read_by_shard(root, "Known", run, lambda: pack_files(run.storage), read_known, shards, assign)
     return pair_shards(listing, known)
 

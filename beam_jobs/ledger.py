@@ -41,7 +41,7 @@ def take(run: MonthRun) -> dict[str, Any]:
         "scored in files": _rows(run.storage, scores.files, _in_parquet),
         "lookup": lookup.rows,
         "lookup in files": _rows(run.storage, lookup.files, lambda stream: read_header(stream)[0]),
-        "images listed": run.storage.read_json(f"{run.folder}/inputs.json")["images"]["count"],
+        "images listed": run.inputs["images"]["count"],
         "images": index.count("images"),
         "images fetched": packs.count("fetched"),
         "images decoded": packs.count("decoded"),

@@ -45,8 +45,7 @@ class _Left:
     def of(cls, run: MonthRun) -> "_Left":
         stages = ("rows", "creatives/packs", "creatives", "evaluation", "scores", "lookup")
         folders = (run.stage("creatives") + "/packs" if stage.endswith("/packs") else run.stage(stage) for stage in stages)
-        inputs = run.storage.read_json(f"{run.folder}/inputs.json")
-        return cls(run, inputs, *(lake.read_manifest(run.storage, folder) for folder in folders))
+        return cls(run, run.inputs, *(lake.read_manifest(run.storage, folder) for folder in folders))
 
 
 def collect(run: MonthRun, status: str, verdict: str) -> dict[str, Any]:

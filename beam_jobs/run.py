@@ -92,10 +92,14 @@ class MonthRun:
         return lake.run_folder(self.month, self.id)
 
     @property
+    def inputs(self) -> dict[str, Any]:
+        """What goes into it, as the lake has it: a job carries the run in each of its steps, and there may be many files."""
+        return self.storage.read_json(f"{self.folder}/inputs.json")
+
+    @property
     def ads(self) -> tuple[Entry, ...]:
-        """The month's CSV files, as its inputs list them: a job carries the run in each of its steps, and there may be many files."""
-        listed = self.storage.read_json(f"{self.folder}/inputs.json")["ads"]
-        return tuple(Entry(lake.raw_ads(self.month) + name, size, checksum) for name, size, checksum in listed)
+        """The month's CSV files."""
+        return tuple(Entry(lake.raw_ads(self.month) + name, size, checksum) for name, size, checksum in self.inputs["ads"])
 
     @property
     def window(self) -> tuple[tuple[str, str], ...]:
@@ -241,11 +245,6 @@ def _digest_of(listing: pa.Table) -> str:
         rows = pc.binary_join_element_wise(batch["image"], batch["size"].cast(pa.string()), batch["crc32c"], "\0")
         digest.update("".join(f"{row}\n" for row in rows.to_pylist()).encode())
     return digest.hexdigest()[:16]
-
-
-def listing_file(run: MonthRun) -> str:
-    """The Parquet file that lists the month's images, as `LISTING`."""
-    return run.storage.read_json(f"{run.folder}/inputs.json")["listing"]
 
 
 def champion_before(storage: Storage, month: str) -> Champion | None:
