@@ -26,7 +26,7 @@ from beam_jobs import statistics
 from beam_jobs.arrow import CommitStage, ShardPair, pair_shards, read_table, shards_for
 from beam_jobs.ingest import shard_of_image
 from beam_jobs.join import INDEX
-from beam_jobs.run import LISTING, MonthRun
+from beam_jobs.run import LISTING, MonthRun, joined
 from beam_jobs.workers import read_by_shard
 from model import images
 from schemas import lake
@@ -90,22 +90,18 @@ def _read(storage: Storage, columns: pa.Schema, file: str) -> Iterator[pa.Record
 
 def shard_of_content(batch: pa.RecordBatch, shards: int) -> np.ndarray:
     """Images that may be the same content fall together: by size and checksum, whatever they are called."""
-    return shard_of_column(_joined(batch, "size", "crc32c"), "content", shards)
+    return shard_of_column(joined(batch, "size", "crc32c"), "content", shards)
 
 
 def _shard_of_name(batch: pa.RecordBatch, shards: int) -> np.ndarray:
     return shard_of_image(batch["image"], shards)
 
 
-def _joined(table: Any, *names: str) -> Any:
-    return pc.binary_join_element_wise(*(table[name].cast(pa.string()) for name in names), "\0")
-
-
 def _listed_and_looked(pair: ShardPair, storage: Storage) -> tuple[pa.Table, pa.Table]:
     """A unit's listing, and of all that was ever looked at what has the size and checksum of one of it."""
     listing = read_table(storage, pair.left, LISTING)
-    contents = pc.unique(_joined(listing, "size", "crc32c"))
-    return listing, read_table(storage, pair.right, FILES, lambda batch: pc.is_in(_joined(batch, "size", "crc32c"), contents))
+    contents = pc.unique(joined(listing, "size", "crc32c"))
+    return listing, read_table(storage, pair.right, FILES, lambda batch: pc.is_in(joined(batch, "size", "crc32c"), contents))
 
 
 def write_pack(pair: ShardPair, run: MonthRun, units: int) -> Receipt:
@@ -115,7 +111,7 @@ def write_pack(pair: ShardPair, run: MonthRun, units: int) -> Receipt:
     # An image that was gone when it was to be looked at was not looked at: it may be delivered again.
     known = looked.filter(looked["creative"].is_valid())
     counts = Counter[str]()
-    seen = pc.is_in(_joined(listing, *LISTING.names), _joined(known, *LISTING.names).combine_chunks())
+    seen = pc.is_in(joined(listing), joined(known).combine_chunks())
     new = listing.filter(pc.invert(seen)).sort_by([("size", "ascending"), ("crc32c", "ascending"), ("image", "ascending")])
     contents: dict[tuple[int, str], dict[str, _Looks]] = {}
     for row in known.group_by(["size", "crc32c", "creative", *_LOOKS.names]).aggregate([]).to_pylist():
@@ -170,7 +166,7 @@ def write_index(pair: ShardPair, storage: Storage, folder: str) -> Receipt:
     listing, looked = _listed_and_looked(pair, storage)
     # By creative, nulls last: the first that is found of a name is one that was there, if ever it was.
     looked = looked.sort_by("creative")
-    where = pc.index_in(_joined(listing, *LISTING.names), _joined(looked, *LISTING.names).combine_chunks())
+    where = pc.index_in(joined(listing), joined(looked).combine_chunks())
     found = looked.select(["creative", *_LOOKS.names]).take(where)
     usable = pc.is_in(found["image_status"], pa.array(images.USABLE))
     columns = [listing["image"], pc.if_else(usable, found["creative"], None), found["image_status"]]

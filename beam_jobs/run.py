@@ -238,12 +238,16 @@ def _is_text(name: str) -> bool:
     return True
 
 
+def joined(listing: Any, *names: str) -> Any:
+    """What columns of a `LISTING`, all of them unless some are named, say of each image, as one text."""
+    return pc.binary_join_element_wise(*(listing[name].cast(pa.string()) for name in names or LISTING.names), "\0")
+
+
 def _digest_of(listing: pa.Table) -> str:
     """As `_digest`, of many rows."""
     digest = hashlib.sha256()
     for batch in listing.to_batches(BATCH_ROWS):
-        rows = pc.binary_join_element_wise(batch["image"], batch["size"].cast(pa.string()), batch["crc32c"], "\0")
-        digest.update("".join(f"{row}\n" for row in rows.to_pylist()).encode())
+        digest.update("".join(f"{row}\n" for row in joined(batch).to_pylist()).encode())
     return digest.hexdigest()[:16]
 
 
