@@ -19,12 +19,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_jobs.join import month_rows
-from beam_jobs.pairs import CANDIDATE, CHAMPION, candidate, peers
+from beam_jobs.pairs import candidate, peers
 from beam_jobs.run import MonthRun, StageError
 from beam_jobs.workers import Listed
 from model import gate, golden, registry, splits
 from model.evaluation import COLD, OVERALL, WARM, Evaluation, Segment, clusters_of, evaluate, merged, quality
 from model.features import outcomes
+from model.gate import CANDIDATE, CHAMPION
 from model.registry import ModelError
 from schemas import lake, tables
 from schemas.contract import Contract

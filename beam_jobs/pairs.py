@@ -2,10 +2,8 @@
 
 from beam_jobs.run import MonthRun
 from model import registry
-from model.gate import CANDIDATE, CHAMPION, EARLIER_CHAMPION
+from model.gate import CHAMPION, EARLIER_CHAMPION
 from schemas.lake import Champion
-
-__all__ = ["CANDIDATE", "CHAMPION", "EARLIER_CHAMPION", "candidate", "peers"]
 
 
 def candidate(run: MonthRun) -> Champion:

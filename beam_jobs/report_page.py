@@ -12,6 +12,7 @@ from markupsafe import Markup
 from beam_jobs import ledger, plots, report_scores
 from beam_jobs import report_sections as sections
 from beam_jobs.drift import headlines
+from beam_jobs.join import INDEX
 from beam_jobs.report import PUBLISHED, REPLACED, STOPPED, UNFINISHED, Number, Summary, read
 from beam_jobs.report_scores import EXAMPLES, LOW_EVIDENCE, Month
 from beam_jobs.report_sections import TABLE_LINES, Cell, Chart, Table, number
@@ -24,8 +25,6 @@ from schemas import lake
 from schemas.lake import Current, Manifest
 from schemas.parquet import read_columns
 from schemas.storage import Storage
-
-INDEX = ["image", "creative", "image_status"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +162,7 @@ def _faults(left: _Left, scored: Month | None) -> dict | None:
         for status in sorted({*images, *ads}, key=lambda status: (status != OK, -ads.get(status, 0)))
     ]
     examples, shown = [], Counter[str]()
-    for batch in (batch for file in left.images.files for batch in read_columns(left.run.storage, file, INDEX)):
+    for batch in (batch for file in left.images.files for batch in read_columns(left.run.storage, file, INDEX.names)):
         for row in batch.filter(pc.not_equal(batch["image_status"], OK)).to_pylist():
             shown[row["image_status"]] += 1
             if shown[row["image_status"]] <= EXAMPLES:

@@ -21,10 +21,11 @@ import pyarrow.compute as pc
 
 from beam_jobs.creatives import pack_files
 from beam_jobs.join import examples, month_rows
-from beam_jobs.pairs import CHAMPION, peers
+from beam_jobs.pairs import peers
 from beam_jobs.run import MonthRun, StageError, source_digest
 from beam_jobs.workers import Listed, gpu_hints, on_gpu
 from model import golden, registry
+from model.gate import CHAMPION
 from model.kept import read_once
 from model.leakage import LeakageError
 from model.seen import among
