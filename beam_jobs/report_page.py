@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow.compute as pc
-from markupsafe import Markup
 
 from beam_jobs import ledger, plots, report_scores
 from beam_jobs import report_sections as sections
@@ -271,8 +270,7 @@ def index(storage: Storage) -> dict:
         values = [sections.ends(judged[month], name) for month in months]
         told = f"Realised {label} by month, with 95 % intervals: what was published, judged by the outcomes that came a month later."
         cells = [[Cell(month), sections.interval(judged[month], name, ".4f")] for month in months]
-        charts.append(
-            Chart(Markup(plots.over_time(months, values, 1.0, label, told)), told, Table(f"Realised {label}", ("month", label), cells))
-        )
+        numbers = Table(f"Realised {label}", ("month", label), cells)
+        charts.append(Chart(plots.over_time(months, values, 1.0, label, told), told, numbers))
     told = f"Current is {current.month}, run {current.run}." if current else "Nothing is published yet."
     return {"told": told, "status": PUBLISHED if current else UNFINISHED, "runs": Table("All runs", names, lines), "charts": charts}
