@@ -7,7 +7,6 @@ many rows, at 1 % for all comparisons of a month together, and beyond the limit 
 """
 
 import dataclasses
-import json
 import logging
 import math
 import statistics as numbers
@@ -187,7 +186,7 @@ def execute(run: MonthRun) -> None:
     if window:
         found += skew([*(statistics.of_run(run.storage, *pair) for pair in window.items()), now], now, run.contract)
     document = {"previous": month or None, **ruled(found, run.config.monitor_stop)}
-    run.storage.write(_file(run.month, run.id), json.dumps(document, indent=1).encode())
+    run.storage.write_json(_file(run.month, run.id), document)
     check(run)
 
 

@@ -1,6 +1,5 @@
 """The ledger: every row of the month accounted for, from manifests and from the files themselves, never from a runner's counters."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
@@ -80,7 +79,7 @@ def take(run: MonthRun) -> dict[str, Any]:
         "balanced": not unbalanced,
         "unbalanced": unbalanced,
     }
-    run.storage.write(f"{run.folder}/ledger.json", json.dumps(ledger, indent=1).encode())
+    run.storage.write_json(f"{run.folder}/ledger.json", ledger)
     if unbalanced:
         raise StageError(f"the ledger of {run.month} does not balance, nothing is published: {'; '.join(unbalanced)}")
     return ledger

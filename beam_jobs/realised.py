@@ -10,7 +10,6 @@ import collections
 import dataclasses
 import datetime
 import functools
-import json
 import math
 import statistics as numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -163,7 +162,7 @@ def decide(parts: Sequence[Part], run: MonthRun, month: str, id: str) -> Manifes
     written = write_parquet(run.storage, run.stage(FOLDER), "quality", [rows] if len(rows) else [])
     manifest = lake.commit(run.storage, run.stage(FOLDER), Manifest(FOLDER, (written,), {"month": month, "run": id}))
     # Last, since it is what makes the stage complete.
-    run.storage.write(_file(run), json.dumps(document, indent=1).encode())
+    run.storage.write_json(_file(run), document)
     return manifest
 
 
@@ -226,7 +225,7 @@ def execute(run: MonthRun, launch: Callable[..., None]) -> None:
     else:
         document = {"month": month or None, "run": id or None, **ruled(Part(0, Evaluation((MODEL,), {}), {}), 1, 1, 1)}
         why = "the month has no outcomes" if made else "no run of last month can be judged"
-        run.storage.write(_file(run), json.dumps({**document, "verdict": why}, indent=1).encode())
+        run.storage.write_json(_file(run), {**document, "verdict": why})
     check(run)
 
 

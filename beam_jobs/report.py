@@ -10,7 +10,6 @@ import base64
 import dataclasses
 import datetime
 import hashlib
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -83,7 +82,7 @@ def write(run: MonthRun) -> Summary:
     status, sentence = verdict(run)
     page = collect(run, status, sentence)
     run.storage.write(f"{run.folder}/report.html", _rendered("report.html", page=page).encode())
-    run.storage.write(f"{run.folder}/report.json", json.dumps(dataclasses.asdict(page["summary"]), indent=1).encode())
+    run.storage.write_json(f"{run.folder}/report.json", dataclasses.asdict(page["summary"]))
     write_index(run.storage)
     return page["summary"]
 
@@ -100,7 +99,7 @@ def refresh(run: MonthRun) -> None:
 def stopped(run: MonthRun, stage: str, error: StageError) -> Summary:
     """Note that a stage stopped the month, and why, and make the page that says so."""
     told = {"stage": stage, "why": str(error), "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")}
-    run.storage.write(f"{run.folder}/stopped.json", json.dumps(told, indent=1).encode())
+    run.storage.write_json(f"{run.folder}/stopped.json", told)
     return write(run)
 
 

@@ -241,7 +241,7 @@ def last_publication(storage: Storage, month: str, contract: str | None = None) 
 def note_publication(storage: Storage, publication: Publication) -> None:
     """Write down that a run was published; nothing is ever taken back, a later note outdoes an earlier one."""
     name = unique(f"publish/{publication.month}", f"{publication.published}-{publication.run}", ".json")
-    storage.write(name, json.dumps(dataclasses.asdict(publication), indent=1).encode())
+    storage.write_json(name, dataclasses.asdict(publication))
     storage.delete(differs(publication.month))
 
 
