@@ -175,7 +175,7 @@ def execute(run: MonthRun) -> None:
     follows = month == lake.month_after(run.month, -1)
     found: list[Compared] = []
     if before:
-        usual = _Usual(run.storage, run.month)
+        usual = _usual(run.storage, run.month)
         found += compare(before, now, run.contract, run.config.monitor_missing, usual)
         if follows:  # In two months more comes and goes than is usual of one.
             found += churn(before, now, run.contract, usual)
@@ -373,14 +373,12 @@ def _embedded(run: MonthRun, month: str, id: str) -> dict[str, np.ndarray]:
     return {creative: found[creative] for creative in sorted(found)[:_SEEN]}
 
 
-class _Usual:
+def _usual(storage: Storage, month: str) -> Usual:
     """As the runs that were last published of the months before have it."""
-
-    def __init__(self, storage: Storage, month: str):
-        months = [lake.month_after(month, -back) for back in range(1, _TRAILING + 1)]
-        published = [last for earlier in months if (last := lake.last_publication(storage, earlier))]
-        documents = [storage.read_json(_file(last.month, last.run)) or {"compared": []} for last in published]
-        self._rows = [row for document in documents for row in document["compared"]]
-
-    def __call__(self, kind: str, column: str, value: str | None) -> list[float]:
-        return [row["distance"] for row in self._rows if (row["kind"], row["column"]) == (kind, column) and value in (None, row["value"])]
+    months = [lake.month_after(month, -back) for back in range(1, _TRAILING + 1)]
+    published = [last for earlier in months if (last := lake.last_publication(storage, earlier))]
+    documents = [storage.read_json(_file(last.month, last.run)) or {"compared": []} for last in published]
+    rows = [row for document in documents for row in document["compared"]]
+    return lambda kind, column, value: [
+        row["distance"] for row in rows if (row["kind"], row["column"]) == (kind, column) and value in (None, row["value"])
+    ]
