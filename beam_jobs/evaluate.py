@@ -9,7 +9,6 @@ import collections
 import dataclasses
 import datetime
 import functools
-import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -153,10 +152,10 @@ def broken(run: MonthRun) -> str:
     """What is wrong with the candidate's files, told by loading them in a fresh process; empty where nothing is."""
     with registry.local_folder() as folder:
         try:
-            registry.fetch(run.storage, "ranker", run.version, pathlib.Path(folder))
+            registry.fetch(run.storage, "ranker", run.version, folder)
         except ModelError as error:
             return str(error)
-        wrong = golden.check(pathlib.Path(folder))
+        wrong = golden.check(folder)
     return f"ranker {run.version!r} does not do in a fresh process what it did when it was trained: {wrong}" if wrong else ""
 
 

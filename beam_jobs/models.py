@@ -8,7 +8,6 @@ adstocrat compare 2026-09-0123456789abcdef 2026-10-0123456789abcdef --lake gs://
 import dataclasses
 import json
 import math
-import pathlib
 from typing import Any
 
 from beam_jobs.config import Config
@@ -69,9 +68,9 @@ def promote(storage: Storage, version: str) -> Champion:
         if made.info["contract"] != contract:
             raise ModelError(f"ranker {version!r} is of contract {made.info['contract']}, the champion {there.ranker!r} of {contract}")
     with registry.local_folder() as folder, registry.local_folder() as encoder:
-        registry.fetch(storage, "encoder", made.info["encoder"], pathlib.Path(encoder))
-        registry.fetch(storage, "ranker", version, pathlib.Path(folder))
-        if wrong := golden.check(pathlib.Path(folder)):
+        registry.fetch(storage, "encoder", made.info["encoder"], encoder)
+        registry.fetch(storage, "ranker", version, folder)
+        if wrong := golden.check(folder):
             raise ModelError(f"ranker {version!r} does not do what it did when it was trained: {wrong}")
     # The month stays that of the newest publication, which alone moves it on.
     month, run = (there.month, there.run) if there else (made.info["month"], made.info["run"])
@@ -94,8 +93,8 @@ def compare(storage: Storage, one: str, other: str) -> dict[str, Any]:
         raise ModelError(f"ranker {one!r} is of contract {found[one]}, {other!r} of {found[other]}; they cannot be compared")
     pairs = {version: Champion(manifest.info["encoder"], version, "", "") for version, manifest in made.items()}
     with registry.local_folder() as folder:
-        registry.fetch(storage, "ranker", one, pathlib.Path(folder))
-        contract = contracts.load(pathlib.Path(folder) / "contract.pbtxt")
+        registry.fetch(storage, "ranker", one, folder)
+        contract = contracts.load(folder / "contract.pbtxt")
     for month in sorted({name.split("/")[1] for name in storage.names("publish/")}, reverse=True):
         last = lake.last_publication(storage, month, contract.fingerprint)
         if last and all(lake.read_manifest(storage, lake.embeddings_folder(pair.encoder, month, last.run)) for pair in pairs.values()):

@@ -69,7 +69,7 @@ def _train(flags: argparse.Namespace, in_memory: bool) -> Told:
             rows,
             run.contract,
             0,
-            pathlib.Path(folder),
+            folder,
             encoder,
             "",
             None,

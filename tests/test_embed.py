@@ -30,8 +30,8 @@ def save_encoder(storage: Storage, version: str, seed: int) -> None:
     import keras
 
     keras.utils.set_random_seed(seed)
-    with registry.local_folder() as local:
-        folder, model = pathlib.Path(local), encoder.build()
+    with registry.local_folder() as folder:
+        model = encoder.build()
         model.save(folder / "model.keras")
         model.export(folder / "saved_model", verbose=False)
         (folder / "spec.json").write_text(json.dumps({"kind": "encoder", "fingerprint": "any"}))

@@ -1,6 +1,5 @@
 import functools
 import json
-import pathlib
 from collections import Counter
 
 import pyarrow as pa
@@ -39,8 +38,7 @@ def save_ranker(run: MonthRun, version: str) -> None:
     head = model.get_layer("head")
     head.set_weights([keras.random.normal(head.get_weights()[0].shape, stddev=0.3), head.get_weights()[1]])
     spec = {"kind": "ranker", "fingerprint": run.contract.fingerprint, "features": features.to_json(), "base_rate": 0.02}
-    with registry.local_folder() as local:
-        folder = pathlib.Path(local)
+    with registry.local_folder() as folder:
         model.save(folder / "model.keras")
         model.export(folder / "saved_model", verbose=False)
         (folder / "spec.json").write_text(json.dumps({**spec, "encoder_version": "e", "encoder_digest": "d"}))
