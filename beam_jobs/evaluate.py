@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_jobs.join import month_rows
-from beam_jobs.pairs import candidate, peers
 from beam_jobs.run import MonthRun, StageError
 from beam_jobs.workers import Listed
 from model import gate, golden, registry, splits
@@ -161,7 +160,7 @@ def broken(run: MonthRun) -> str:
 
 def judged_pairs(run: MonthRun, plan: Plan) -> dict[str, Champion]:
     """The pairs that the run's gate compares, the candidate first."""
-    return peers(run) if plan.broken else {CANDIDATE: candidate(run), **peers(run)}
+    return run.peers() if plan.broken else {CANDIDATE: run.candidate, **run.peers()}
 
 
 def judge(unit: Unit, run: MonthRun, plan: Plan, pairs: Mapping[str, Champion] | None = None) -> Iterator[tuple[int, Judged]]:
@@ -243,7 +242,7 @@ def decide(judged: Sequence[Judged], run: MonthRun, plan: Plan) -> Manifest:
         StageError: the first model is broken, so there is none to publish.
     """
     evaluation = merged(unit.evaluation for unit in sorted(judged, key=lambda unit: unit.number))
-    known = peers(run)
+    known = run.peers()
     if not evaluation.models:
         evaluation = Evaluation((CANDIDATE, gate.BASE_RATE, *known), {})
     ruling = gate.verdict(evaluation, plan.months, run.config.max_ne_loss, run.config.min_gate_clicks, plan.broken)
@@ -251,7 +250,7 @@ def decide(judged: Sequence[Judged], run: MonthRun, plan: Plan) -> Manifest:
         raise StageError(f"{plan.broken}; there is no champion to score {run.month} with, so remove its folder and train again")
     if run.champion and CHAMPION not in known:
         ruling["why"] += "; the champion is of another contract, and cannot score these rows"
-    pairs = {CANDIDATE: candidate(run), **known}
+    pairs = {CANDIDATE: run.candidate, **known}
     pair = pairs[CANDIDATE if ruling["promoted"] else CHAMPION]
     metrics = {name: evaluation.overall.metrics(model) for model, name in enumerate(evaluation.models)}
     month = plan.months[0] if plan.months else run.month

@@ -213,9 +213,7 @@ def _embed(run: MonthRun, flags: Flags) -> None:
 
 def _to_embed(run: MonthRun) -> list[tuple[str, str, str]]:
     """Encoder, month and run of the embeddings that there must be: of the whole window, for training and for the gate, by each pair's."""
-    from beam_jobs.pairs import peers
-
-    encoders = [run.encoder, *sorted({pair.encoder for pair in peers(run).values()} - {run.encoder})]
+    encoders = [run.encoder, *sorted({pair.encoder for pair in run.peers().values()} - {run.encoder})]
     return [(encoder, *month) for encoder in encoders for month in run.window]
 
 

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 
 from beam_jobs.config import ALARMS, Config, ConfigError, suggestion
 from model import registry
+from model.gate import CHAMPION, EARLIER_CHAMPION
 from schemas import contract as contracts
 from schemas import lake
 from schemas.contract import Contract, ContractError
@@ -117,6 +118,11 @@ class MonthRun:
         return self.known_encoder or self.version
 
     @property
+    def candidate(self) -> Champion:
+        """The pair of models that it makes."""
+        return Champion(self.encoder, self.version, self.month, self.id)
+
+    @property
     def spill(self) -> str:
         """Where this launch spills what it brings together; two launches of one run never touch each other's."""
         return f"spill/{self.launch}"
@@ -134,6 +140,13 @@ class MonthRun:
         if manifest is None:
             raise StageError(f"{self.storage.url(folder)} is not complete; run `adstocrat {made_by} {self.month}` first")
         return manifest
+
+    def peers(self) -> dict[str, Champion]:
+        """Published pairs that can score the month's rows, by what they are to the candidate; one of another contract or format cannot."""
+        named = {CHAMPION: self.champion, EARLIER_CHAMPION: self.earlier_champion}
+        made = {name: registry.manifest(self.storage, "ranker", pair.ranker).info for name, pair in named.items() if pair}
+        wanted = (self.contract.fingerprint, registry.FORMAT)
+        return {name: pair for name, pair in named.items() if pair and (made[name]["contract"], made[name].get("format")) == wanted}
 
 
 def prepare(config: Config, month: str, contract: Contract | None = None) -> MonthRun:

@@ -21,7 +21,6 @@ import pyarrow.compute as pc
 
 from beam_jobs.creatives import pack_files
 from beam_jobs.join import examples, month_rows
-from beam_jobs.pairs import peers
 from beam_jobs.run import MonthRun, StageError, source_digest
 from beam_jobs.workers import Listed, gpu_hints, on_gpu
 from model import golden, registry
@@ -136,7 +135,7 @@ def _learnt(run: MonthRun, train: Callable[[], dict[str, Any]]) -> dict[str, Any
         return train()
     except NothingToLearnError as error:
         why = f"nothing could be learnt from {', '.join(month for month, _ in run.window)}: {error}"
-        if CHAMPION in peers(run):
+        if CHAMPION in run.peers():
             return {"mode": "none", "why": why, "rows": 0, "clicks": 0, "impressions": 0}
         raise StageError(why) from error
     except LeakageError as error:
