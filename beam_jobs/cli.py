@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import logging
-import os
 import pathlib
 import sys
 from collections.abc import Collection, Sequence
@@ -60,7 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return terminal.fail(error, 2)
     except RuntimeError as error:
-        from beam_jobs.ready import NotReadyError
         from beam_jobs.run import HandedOverError, stage_error
 
         if isinstance(error, HandedOverError):
@@ -68,9 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if parsed.run is _local_cloud:
             return terminal.fail(error, 1)
-        if isinstance(error, NotReadyError):
-            return terminal.fail(error, os.EX_TEMPFAIL)
-
         # Beam wraps what a stage raises; its own sentence is what a person needs.
         cause = stage_error(error)
         if cause is None:

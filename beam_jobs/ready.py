@@ -1,5 +1,6 @@
 """Whether a month may begin, and whether it may go on: what was delivered is looked at before anything is built on it."""
 
+import os
 import time
 
 from beam_jobs.run import MonthRun, StageError
@@ -12,8 +13,10 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _SHOWN = 5
 
 
-class NotReadyError(RuntimeError):
+class NotReadyError(StageError):
     """The month's delivery is not complete yet; the message says what is waited for."""
+
+    status = os.EX_TEMPFAIL
 
 
 def check_delivery(storage: Storage, month: str, ready: str) -> None:
