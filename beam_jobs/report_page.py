@@ -80,7 +80,7 @@ def _before(run: MonthRun) -> Month | None:
     """The scores that the month before was last published with; None where there are none, or they were removed."""
     last = lake.last_publication(run.storage, lake.month_after(run.month, -1))
     try:
-        found = report_scores.read(kept(run.config, last.month, last.run)) if last else None
+        found = report_scores.read(kept(run.config, last.month, last.run), missing_images=False) if last else None
     except StageError:
         return None
     return found and found[0]
