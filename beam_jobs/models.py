@@ -11,8 +11,7 @@ import math
 from typing import Any
 
 from beam_jobs.config import Config
-from beam_jobs.evaluate import count, judge, make_plan
-from beam_jobs.join import month_rows
+from beam_jobs.evaluate import count, judge, make_plan, units_of
 from beam_jobs.run import MonthRun, StageError
 from model import golden, registry
 from model.evaluation import Evaluation, merged
@@ -108,7 +107,7 @@ def compare(storage: Storage, one: str, other: str) -> dict[str, Any]:
 
 
 def _evaluate(run: MonthRun, pairs: dict[str, Champion]) -> Evaluation:
-    units = [(month, id, unit, 0) for month, id in run.window for unit in month_rows(run, month, id, None).units]
+    units = units_of(run)
     plan = dataclasses.replace(make_plan([count(unit, run) for unit in units], 1), months=(run.month,))
     return merged(judged.evaluation for unit in units for _, judged in judge(unit, run, plan, pairs))
 
