@@ -11,7 +11,6 @@ import dataclasses
 import datetime
 import hashlib
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 from beam_jobs.config import Config
@@ -53,11 +52,6 @@ class Summary:
     alarms: list[str]
     numbers: list[Number]
 
-    @classmethod
-    def of(cls, told: Mapping[str, Any]) -> "Summary":
-        """From `report.json`."""
-        return cls(**{**told, "numbers": [Number(**number) for number in told["numbers"]]})
-
 
 def of_run(config: Config, id: str) -> MonthRun:
     """The run of that id, of whatever month.
@@ -72,7 +66,7 @@ def of_run(config: Config, id: str) -> MonthRun:
 def read(storage: Storage, month: str, id: str) -> Summary | None:
     """What the last page of a run said in short; None while there is no page."""
     told = storage.read_json(f"{lake.run_folder(month, id)}/report.json")
-    return Summary.of(told) if told else None
+    return Summary(**{**told, "numbers": [Number(**number) for number in told["numbers"]]}) if told else None
 
 
 def write(run: MonthRun) -> Summary:
