@@ -58,12 +58,6 @@ class RecordBatchCoder(beam.coders.Coder):
     def to_type_hint(self) -> Any:
         return pa.RecordBatch
 
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other)
-
-    def __hash__(self) -> int:
-        return hash(type(self))
-
 
 beam.coders.registry.register_coder(pa.RecordBatch, RecordBatchCoder)
 
