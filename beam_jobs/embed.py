@@ -75,7 +75,7 @@ def unseen_packs(storage: Storage, encoder: str) -> list[str]:
 def define_gather_pipeline(root: beam.Pipeline, run: MonthRun, encoder: str, month: str, id: str) -> None:
     """The creatives of a month's images, and all embeddings → the embeddings that each shard of its rows needs."""
     folder, storage = embeddings_folder(encoder, month, id), run.storage
-    index = run.manifest(lake.stage_folder("creatives", month, id), "creatives")
+    index = run.manifest(lake.stage_folder("creatives", month, id))
     shards, of_month = index.info["shards"], functools.partial(_index_files, run, month, id)
     read_index, read_pack = functools.partial(_read_wanted, storage), functools.partial(read_parquet, storage)
     wanted = read_by_shard(root, "Wanted", run, of_month, read_index, shards, _shard_of_creative, tuple[str, int])
@@ -92,7 +92,7 @@ def define_gather_pipeline(root: beam.Pipeline, run: MonthRun, encoder: str, mon
 
 
 def _index_files(run: MonthRun, month: str, id: str) -> list[tuple[str, int]]:
-    index = run.manifest(lake.stage_folder("creatives", month, id), "creatives")
+    index = run.manifest(lake.stage_folder("creatives", month, id))
     return [(receipt.file, shard_of_unit(receipt.unit)) for receipt in index.receipts if receipt.file]
 
 

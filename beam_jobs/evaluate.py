@@ -280,7 +280,7 @@ def check_promoted(run: MonthRun) -> None:
     Raises:
         StageError: says why it refused.
     """
-    info = run.manifest(run.stage(FOLDER), "evaluate").info
+    info = run.manifest(run.stage(FOLDER)).info
     if run.config.require_promotion and not info["promoted"]:
         raise StageError(f"{run.month} is not scored, as a promotion is required and the candidate was refused: {info['why']}")
 

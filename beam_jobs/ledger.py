@@ -23,11 +23,11 @@ def take(run: MonthRun) -> dict[str, Any]:
     Raises:
         StageError: it does not balance, or a file is missing or damaged; says where.
     """
-    rows = run.manifest(run.stage("rows"), "ingest")
-    scores, evaluation = run.manifest(run.stage("scores"), "score"), lake.read_manifest(run.storage, run.stage("evaluation"))
-    lookup = run.manifest(run.stage("lookup"), "lookup")
-    packs = run.manifest(run.stage("creatives") + "/packs", "creatives")
-    index = run.manifest(run.stage("creatives"), "creatives")
+    rows = run.manifest(run.stage("rows"))
+    scores, evaluation = run.manifest(run.stage("scores")), lake.read_manifest(run.storage, run.stage("evaluation"))
+    lookup = run.manifest(run.stage("lookup"))
+    packs = run.manifest(run.stage("creatives") + "/packs")
+    index = run.manifest(run.stage("creatives"))
     embedded = lake.read_manifest(run.storage, lake.stage_folder(f"embeddings/{scores.info['encoder']}", run.month, run.id) + "/packs")
     rejected, steps = rows.counts("rejected:"), used(run)
     counts = {

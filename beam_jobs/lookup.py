@@ -44,7 +44,7 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun, scores: Manifest) -> Non
     }
     read = functools.partial(read_scores, run.storage)
     _ = (
-        read_by_shard(root, "Scores", run, lambda: run.manifest(run.stage("scores"), "score").files, read, shards, shard_of_key)
+        read_by_shard(root, "Scores", run, lambda: run.manifest(run.stage("scores")).files, read, shards, shard_of_key)
         | "SpreadShards" >> beam.Reshuffle()
         | "WriteShard" >> beam.ParDo(InThreads(write_shard, run.storage, folder, shards)).with_output_types(Receipt)
         | "CommitLookup" >> CommitStage(run.storage, folder, store.STAGE, info)

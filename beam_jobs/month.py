@@ -123,7 +123,7 @@ def _ingest(run: MonthRun, flags: Flags) -> None:
 
 
 def _rows(run: MonthRun) -> Manifest:
-    return run.manifest(run.stage("rows"), "ingest")
+    return run.manifest(run.stage("rows"))
 
 
 def _tell_ingest(run: MonthRun) -> tuple[str, int]:
@@ -143,8 +143,8 @@ def _creatives(run: MonthRun, flags: Flags) -> None:
 
 
 def _tell_creatives(run: MonthRun) -> tuple[str, int]:
-    index = run.manifest(run.stage("creatives"), "creatives")
-    packs = run.manifest(run.stage("creatives") + "/packs", "creatives")
+    index = run.manifest(run.stage("creatives"))
+    packs = run.manifest(run.stage("creatives") + "/packs")
     images, fetched = index.count("images"), packs.count("fetched")
     faults = sum(count for status, count in index.counts("status:").items() if not status.startswith("ok"))
     return f"{images:,} images, {fetched:,} new, {packs.count('decoded'):,} decoded, {faults:,} faults", fetched
@@ -185,7 +185,7 @@ def _encoder(run: MonthRun, flags: Flags) -> None:
 
 def _tell_model(folder: Callable[[MonthRun], str]) -> Callable[[MonthRun], tuple[str, int]]:
     def tell(run: MonthRun) -> tuple[str, int]:
-        info = run.manifest(folder(run), "train").info
+        info = run.manifest(folder(run)).info
         training = info["training"]
         told = f"{training['rows']:,} rows, {training['clicks']:,.0f} clicks"
         if training.get("epochs"):
@@ -200,7 +200,7 @@ def _tell_model(folder: Callable[[MonthRun], str]) -> Callable[[MonthRun], tuple
 def _embed(run: MonthRun, flags: Flags) -> None:
     from beam_jobs import embed
 
-    run.manifest(_encoder_folder(run), "encoder")
+    run.manifest(_encoder_folder(run))
     # Each pipeline has a name of its own; those of the run's own encoder, which is the first, need no number.
     number = {encoder: f"-{i}" if i else "" for i, encoder in enumerate(dict.fromkeys(encoder for encoder, _, _ in _to_embed(run)))}
     for encoder in number:
@@ -226,15 +226,15 @@ def _embed_is_complete(run: MonthRun) -> bool:
 
 
 def _tell_embed(run: MonthRun) -> tuple[str, int]:
-    embedded = run.manifest(_embeddings(run) + "/packs", "embed").count("embedded")
+    embedded = run.manifest(_embeddings(run) + "/packs").count("embedded")
     return f"{embedded:,} new creatives embedded by {run.encoder}", embedded
 
 
 def _train(run: MonthRun, flags: Flags) -> None:
     from beam_jobs import realised, train
 
-    run.manifest(_encoder_folder(run), "encoder")
-    run.manifest(_embeddings(run), "embed")
+    run.manifest(_encoder_folder(run))
+    run.manifest(_embeddings(run))
     drift.check(run)
     realised.check(run)
     _pipeline("train", train.define_pipeline, flags, realised.trained_as(run), train.train_ranker)
@@ -243,7 +243,7 @@ def _train(run: MonthRun, flags: Flags) -> None:
 def _evaluate(run: MonthRun, flags: Flags) -> None:
     from beam_jobs import evaluate
 
-    candidate = run.manifest(_ranker_folder(run), "train")
+    candidate = run.manifest(_ranker_folder(run))
     if candidate.info["training"]["mode"] == "none":
         evaluate.keep_champion(run, candidate.info["training"]["why"])
     else:
@@ -252,7 +252,7 @@ def _evaluate(run: MonthRun, flags: Flags) -> None:
 
 
 def _tell_evaluate(run: MonthRun) -> tuple[str, int]:
-    info = run.manifest(run.stage("evaluation"), "evaluate").info
+    info = run.manifest(run.stage("evaluation")).info
     ruling = "candidate promoted" if info["promoted"] else "champion kept"
     told = f"{ruling}{' (flagged)' if info['flagged'] else ''}: {info['why']}"
     return told, info["metrics"].get("candidate", {}).get("rows", 0)
@@ -263,7 +263,7 @@ def _score(run: MonthRun, flags: Flags) -> None:
 
     evaluate.check_promoted(run)
     if lake.read_manifest(run.storage, run.stage("scores")) is None:
-        _pipeline("score", score.define_pipeline, flags, run, run.manifest(run.stage("evaluation"), "evaluate"))
+        _pipeline("score", score.define_pipeline, flags, run, run.manifest(run.stage("evaluation")))
     shift.explain(run)
 
 
@@ -272,7 +272,7 @@ def _score_is_complete(run: MonthRun) -> bool:
 
 
 def _tell_score(run: MonthRun) -> tuple[str, int]:
-    scores = run.manifest(run.stage("scores"), "score")
+    scores = run.manifest(run.stage("scores"))
     statuses = ", ".join(f"{name} {count:,}" for name, count in scores.counts("score_status:").items())
     return f"{scores.count('scored'):,} rows scored with {scores.info['ranker']} ({statuses})", scores.count("scored")
 
@@ -280,11 +280,11 @@ def _tell_score(run: MonthRun) -> tuple[str, int]:
 def _lookup(run: MonthRun, flags: Flags) -> None:
     from beam_jobs import lookup
 
-    _pipeline("lookup", lookup.define_pipeline, flags, run, run.manifest(run.stage("scores"), "score"))
+    _pipeline("lookup", lookup.define_pipeline, flags, run, run.manifest(run.stage("scores")))
 
 
 def _tell_lookup(run: MonthRun) -> tuple[str, int]:
-    lookup = run.manifest(run.stage("lookup"), "lookup")
+    lookup = run.manifest(run.stage("lookup"))
     return f"{lookup.rows:,} keys in {lookup.info['shards']} shards", lookup.rows
 
 

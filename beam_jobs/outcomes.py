@@ -20,7 +20,7 @@ def write(run: MonthRun) -> Manifest:
     there = lake.read_manifest(run.storage, run.stage(FOLDER))
     if there:
         return there
-    rows = run.manifest(run.stage("rows"), "ingest").receipts
+    rows = run.manifest(run.stage("rows")).receipts
     units = [receipt for receipt in rows if receipt.unit.startswith("shard/") and receipt.file and run.contract.outcomes]
     with ThreadPoolExecutor(run.config.fetch_threads) as pool:
         receipts = tuple(pool.map(lambda unit: write_parquet(run.storage, run.stage(FOLDER), unit.unit, _batches(run, unit.file)), units))

@@ -82,7 +82,7 @@ def rollback(config: Config, month: str, to: str | None, keep_model: bool) -> Mo
 def _make_current(run: MonthRun, back: bool = False, keep_model: bool = False) -> None:
     """Have the run published, all of its rows counted before; `back` to it, the service comes first."""
     counts = ledger.take(run)["counts"]
-    evaluation, scores = run.manifest(run.stage("evaluation"), "evaluate"), run.manifest(run.stage("scores"), "score")
+    evaluation, scores = run.manifest(run.stage("evaluation")), run.manifest(run.stage("scores"))
     current = Current(run.month, run.id)
     if moved := run.storage.read_json(f"{run.folder}/shift.json"):
         log.info("  publish: %s", moved["sentence"])

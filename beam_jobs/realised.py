@@ -62,7 +62,7 @@ class Part:
 
 def define_pipeline(root: beam.Pipeline, run: MonthRun, month: str, id: str, segments: frozenset[Segment]) -> None:
     """This month's outcomes and last month's scores, by key → sums of metrics → the verdict."""
-    scores = run.manifest(lake.stage_folder("scores", month, id), "score")
+    scores = run.manifest(lake.stage_folder("scores", month, id))
     shards = shards_for(scores.rows)
     judged = functools.partial(judge_pair, run=run, ranker=scores.info["ranker"], segments=segments)
     rows_of, scores_of = functools.partial(_files, run, "rows", run.month, run.id), functools.partial(_files, run, "scores", month, id)
@@ -80,7 +80,7 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun, month: str, id: str, seg
 
 
 def _files(run: MonthRun, stage: str, month: str, id: str) -> list[str]:
-    receipts = run.manifest(lake.stage_folder(stage, month, id), "ingest" if stage == "rows" else "score").receipts
+    receipts = run.manifest(lake.stage_folder(stage, month, id)).receipts
     return [receipt.file for receipt in receipts if receipt.file and receipt.unit.startswith("shard/")]
 
 
@@ -156,7 +156,7 @@ def decide(parts: Sequence[Part], run: MonthRun, month: str, id: str) -> Manifes
     part = merge_parts(parts) if parts else Part(0, Evaluation((MODEL,), {}), {})
     document = {"month": month, "run": id, **ruled(part, run.config.monitor_warn, run.config.monitor_scratch, run.config.monitor_abort)}
     of_month, of_judged = (datetime.date.fromisoformat(f"{name}-01") for name in (month, run.month))
-    ranker = run.manifest(lake.stage_folder("scores", month, id), "score").info["ranker"]
+    ranker = run.manifest(lake.stage_folder("scores", month, id)).info["ranker"]
     same = {"month": of_month, "run_id": id, "kind": "realised", "judged_month": of_judged}
     rows = quality(part.evaluation, same, {MODEL: ranker}, tables.quality())
     written = write_parquet(run.storage, run.stage(FOLDER), "quality", [rows] if len(rows) else [])

@@ -115,7 +115,7 @@ def verdict(run: MonthRun) -> tuple[str, str]:
         return UNFINISHED, f"{run.month} is not published yet by this run; `adstocrat month {run.month}` goes on with it."
     if noted[-1].run != run.id:
         return REPLACED, f"{run.month} was published by this run on {ours[-1].published[:10]}, and later by {noted[-1].run}."
-    ads, info = f"{ours[-1].rows:,} ads", run.manifest(run.stage("evaluation"), "evaluate").info
+    ads, info = f"{ours[-1].rows:,} ads", run.manifest(run.stage("evaluation")).info
     if not info["promoted"]:
         why = _sentence(info["why"], "; the champion stays")
         return KEPT, f"{run.month} is published: {ads} are scored by the champion, which was kept because {why}."

@@ -34,6 +34,8 @@ log = logging.getLogger("adstocrat")
 
 PACKAGES = ("schemas", "model", "beam_jobs", "serving")
 _EARLIER_MONTHS = 6
+# The stages whose folders are not called as they are.
+_MADE_BY = {"rows": "ingest", "embeddings": "embed", "ranker": "train", "evaluation": "evaluate", "scores": "score"}
 LISTING = pa.schema([("image", pa.string()), ("size", pa.int64()), ("crc32c", pa.string())])
 
 
@@ -130,7 +132,7 @@ class MonthRun:
     def stage(self, stage: str) -> str:
         return lake.stage_folder(stage, self.month, self.id)
 
-    def manifest(self, folder: str, made_by: str) -> Manifest:
+    def manifest(self, folder: str) -> Manifest:
         """A manifest that an earlier stage must have left.
 
         Raises:
@@ -138,6 +140,8 @@ class MonthRun:
         """
         manifest = lake.read_manifest(self.storage, folder)
         if manifest is None:
+            kind = folder.removeprefix("models/").partition("/")[0]
+            made_by = _MADE_BY.get(kind, kind)
             raise StageError(f"{self.storage.url(folder)} is not complete; run `adstocrat {made_by} {self.month}` first")
         return manifest
 

@@ -26,7 +26,7 @@ def explain(run: MonthRun) -> None:
 def _told(run: MonthRun) -> dict[str, Any]:
     month, id = drift.previous(run)
     old = lake.read_manifest(run.storage, lake.stage_folder("scores", month, id)) if month else None
-    new = run.manifest(run.stage("scores"), "score")
+    new = run.manifest(run.stage("scores"))
     if old is None:
         return {}
     before, now = _mean(run, old), _mean(run, new)

@@ -61,7 +61,7 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun, folder: str) -> None:
     """The run's gate rows → its metrics of every model, overall and by segment, in a folder."""
     units, plan = define_plan(root, run)
     examples = units | "Predict" >> beam.FlatMap(read_examples, run, beam.pvalue.AsSingleton(plan)).with_output_types(pa.RecordBatch)
-    judged = run.manifest(run.stage("evaluation"), "evaluate").info["metrics"]
+    judged = run.manifest(run.stage("evaluation")).info["metrics"]
     write(examples, list(judged) or [BASE_RATE, *run.peers()], [column.name for column in run.contract.segments], folder)
 
 

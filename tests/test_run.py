@@ -309,7 +309,7 @@ def test_another_run_in_the_window_is_another_run(storage: Folder) -> None:
 def test_a_stage_that_is_not_complete_is_named(storage: Folder) -> None:
     run = run_of(storage)
     with pytest.raises(StageError, match=rf"rows/{MONTH}/{run.id} is not complete; run `adstocrat ingest {MONTH}` first"):
-        run.manifest(run.stage("rows"), "ingest")
+        run.manifest(run.stage("rows"))
 
 
 def test_a_file_whose_name_is_no_text_is_left_out(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
