@@ -60,12 +60,6 @@ class RecordBatchCoder(beam.coders.Coder):
     def to_type_hint(self) -> Any:
         return pa.RecordBatch
 
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other)
-
-    def __hash__(self) -> int:
-        return hash(type(self))
-
 
 beam.coders.registry.register_coder(pa.RecordBatch, RecordBatchCoder)
 
@@ -312,16 +306,13 @@ class ShardPair:
 def pair_shards(left: beam.PCollection, right: beam.PCollection) -> beam.PCollection:
     """Two `Repartition`s of the same shards → PCollection[ShardPair], one for every unit on the left."""
 
-    def key(unit: Unit) -> tuple[int, Unit]:
-        return unit.shard, unit
-
     def pair(shard: int, sides: Mapping[str, Iterable[Unit]]) -> Iterator[ShardPair]:
         units = {side: tuple(sorted(found, key=lambda unit: unit.part)) for side, found in sides.items()}
         for unit in units["left"]:
             yield ShardPair(shard, (unit,), units["right"])
 
     keyed = {
-        side: units | f"Key{side.title()}" >> beam.Map(key).with_output_types(tuple[int, Unit])
+        side: units | f"Key{side.title()}" >> beam.Map(lambda unit: (unit.shard, unit)).with_output_types(tuple[int, Unit])
         for side, units in (("left", left), ("right", right))
     }
     return (

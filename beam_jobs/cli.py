@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import logging
-import os
 import pathlib
 import sys
 from collections.abc import Collection, Sequence
@@ -12,7 +11,8 @@ from typing import Any
 from beam_jobs import terminal
 from beam_jobs.config import Config, ConfigError, load, suggestion
 from beam_jobs.flags import Parser, add_setting, add_settings
-from schemas.lake import check_month
+from schemas.lake import check_month, months_between
+from schemas.storage import open_storage
 from serving.__main__ import add_flags
 
 _EPILOG = """\
@@ -37,8 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 done, 1 the month cannot go on, 2 wrong usage or settings, 3 what is published differs, 4 an alarm
     stopped the month, 75 not ready yet, 130 interrupted.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    arguments, behind = _split(arguments)
+    given = list(sys.argv[1:] if argv is None else argv)
+    at = given.index("--") if "--" in given else len(given)
+    arguments, behind = given[:at], given[at + 1 :]
     parser, commands = _parser()
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -58,7 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return terminal.fail(error, 2)
     except RuntimeError as error:
-        from beam_jobs.ready import NotReadyError
         from beam_jobs.run import HandedOverError, stage_error
 
         if isinstance(error, HandedOverError):
@@ -66,9 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if parsed.run is _local_cloud:
             return terminal.fail(error, 1)
-        if isinstance(error, NotReadyError):
-            return terminal.fail(error, os.EX_TEMPFAIL)
-
         # Beam wraps what a stage raises; its own sentence is what a person needs.
         cause = stage_error(error)
         if cause is None:
@@ -79,12 +76,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if type(error).__module__.partition(".")[0] != "google":
             raise
         return terminal.fail(error, 1)
-
-
-def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """What stands before `--`, and behind it."""
-    at = arguments.index("--") if "--" in arguments else len(arguments)
-    return arguments[:at], arguments[at + 1 :]
 
 
 def _parser() -> tuple[Parser, Any]:
@@ -191,7 +182,6 @@ def _config(arguments: argparse.Namespace) -> Config:
 def _prepared(arguments: argparse.Namespace, flags: list[str]) -> Any:
     from beam_jobs.ready import check_delivery
     from beam_jobs.run import prepare, published_contract
-    from schemas.storage import open_storage
 
     config = _config(arguments)
     if flags:
@@ -258,9 +248,7 @@ def _status(arguments: argparse.Namespace, _: list[str]) -> int:
 
 
 def _sample_data(arguments: argparse.Namespace, _: list[str]) -> None:
-    from schemas.lake import months_between
     from schemas.sample import write_months
-    from schemas.storage import open_storage
 
     first, _colon, last = arguments.months.partition(":")
     months = months_between(first, last or first)
@@ -301,14 +289,12 @@ def _report(arguments: argparse.Namespace, _: list[str]) -> None:
 
 def _runs(arguments: argparse.Namespace, _: list[str]) -> None:
     from beam_jobs.runs import listed, table
-    from schemas.storage import open_storage
 
     terminal.tell(arguments, listed(open_storage(arguments.lake)), table)
 
 
 def _show(arguments: argparse.Namespace, _: list[str]) -> None:
     from beam_jobs.runs import show
-    from schemas.storage import open_storage
 
     print(show(open_storage(arguments.lake), arguments.id))
 
@@ -316,7 +302,6 @@ def _show(arguments: argparse.Namespace, _: list[str]) -> None:
 def _gc(arguments: argparse.Namespace, _: list[str]) -> None:
     from beam_jobs.report import write_index
     from beam_jobs.runs import garbage
-    from schemas.storage import open_storage
 
     storage = open_storage(arguments.lake)
     urls = []
@@ -332,14 +317,12 @@ def _gc(arguments: argparse.Namespace, _: list[str]) -> None:
 
 def _models(arguments: argparse.Namespace, _: list[str]) -> None:
     from beam_jobs.models import listed, table
-    from schemas.storage import open_storage
 
     terminal.tell(arguments, listed(open_storage(arguments.lake)), table)
 
 
 def _promote(arguments: argparse.Namespace, _: list[str]) -> None:
     from beam_jobs.models import promote
-    from schemas.storage import open_storage
 
     champion = promote(open_storage(arguments.lake), arguments.version)
     print(f"champion: ranker {champion.ranker} with encoder {champion.encoder}")
@@ -347,7 +330,6 @@ def _promote(arguments: argparse.Namespace, _: list[str]) -> None:
 
 def _compare(arguments: argparse.Namespace, _: list[str]) -> None:
     from beam_jobs.models import compare, side_by_side
-    from schemas.storage import open_storage
 
     terminal.tell(arguments, compare(open_storage(arguments.lake), *arguments.versions), side_by_side)
 

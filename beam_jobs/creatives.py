@@ -13,7 +13,7 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,18 +23,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_jobs import statistics
-from beam_jobs.arrow import (
-    CommitStage,
-    Repartition,
-    ShardPair,
-    pair_shards,
-    read_table,
-    shards_for,
-)
+from beam_jobs.arrow import CommitStage, ShardPair, pair_shards, read_table, shards_for
 from beam_jobs.ingest import shard_of_image
 from beam_jobs.join import INDEX
-from beam_jobs.run import LISTING, MonthRun, listing_file
-from beam_jobs.workers import Listed
+from beam_jobs.run import LISTING, MonthRun, joined
+from beam_jobs.workers import read_by_shard
 from model import images
 from schemas import lake
 from schemas.hashing import shard_of_column
@@ -57,10 +50,9 @@ PACK = pa.schema([*FILES, ("thumbnail", pa.binary(images.THUMBNAIL_BYTES))])
 def define_pack_pipeline(root: beam.Pipeline, run: MonthRun) -> None:
     """Listing and known images → packs of the new ones, with thumbnails; units hold equal contents together."""
     folder = run.stage("creatives")
-    units = shards_for(run.storage.read_json(f"{run.folder}/inputs.json")["images"]["count"], IMAGES_PER_UNIT)
-    assign = functools.partial(shard_of_content, shards=units)
+    units = shards_for(run.inputs["images"]["count"], IMAGES_PER_UNIT)
     _ = (
-        _paired(root, run, units, assign)
+        _paired(root, run, units, shard_of_content)
         | "FetchAndDecode" >> beam.Map(write_pack, run, units).with_output_types(Receipt)
         | "CommitPacks" >> CommitStage(run.storage, f"{folder}/packs", "packs")
     )
@@ -69,9 +61,8 @@ def define_pack_pipeline(root: beam.Pipeline, run: MonthRun) -> None:
 def define_index_pipeline(root: beam.Pipeline, run: MonthRun, shards: int) -> None:
     """Listing and all images looked at → the month's image names with creative and status, in the shards of the rows."""
     folder = run.stage("creatives")
-    assign = functools.partial(_shard_of_name, shards=shards)
     _ = (
-        _paired(root, run, shards, assign)
+        _paired(root, run, shards, _shard_of_name)
         | "WriteIndex" >> beam.Map(write_index, run.storage, folder).with_output_types(Receipt)
         | "CommitIndex" >> CommitStage(run.storage, folder, "creatives", {"shards": shards})
     )
@@ -83,20 +74,10 @@ def pack_files(storage: Storage) -> list[str]:
 
 
 def _paired(root: beam.Pipeline, run: MonthRun, shards: int, assign: Any) -> beam.PCollection:
-    sides = []
-    listed: tuple[tuple[str, Callable[[], list[str]], pa.Schema], ...] = (
-        ("Listing", lambda: [listing_file(run)], LISTING),
-        ("Known", lambda: pack_files(run.storage), FILES),
-    )
-    for label, files, columns in listed:
-        sides.append(
-            root
-            | f"{label}Files" >> Listed(files, str)
-            | f"Spread{label}" >> beam.Reshuffle()
-            | f"Read{label}" >> beam.FlatMap(functools.partial(_read, run.storage, columns)).with_output_types(pa.RecordBatch)
-            | f"Shard{label}" >> Repartition(run.storage, run.spill, shards, assign, unit_rows=None)
-        )
-    return pair_shards(sides[0], sides[1])
+    read_listing, read_known = (functools.partial(_read, run.storage, columns) for columns in (LISTING, FILES))
+    listing = read_by_shard(root, "Listing", run, lambda: [run.inputs["listing"]], read_listing, shards, assign)
+    known = read_by_shard(root, "Known", run, lambda: pack_files(run.storage), read_known, shards, assign)
+    return pair_shards(listing, known)
 
 
 def _read(storage: Storage, columns: pa.Schema, file: str) -> Iterator[pa.RecordBatch]:
@@ -109,22 +90,18 @@ def _read(storage: Storage, columns: pa.Schema, file: str) -> Iterator[pa.Record
 
 def shard_of_content(batch: pa.RecordBatch, shards: int) -> np.ndarray:
     """Images that may be the same content fall together: by size and checksum, whatever they are called."""
-    return shard_of_column(_joined(batch, "size", "crc32c"), "content", shards)
+    return shard_of_column(joined(batch, "size", "crc32c"), "content", shards)
 
 
 def _shard_of_name(batch: pa.RecordBatch, shards: int) -> np.ndarray:
     return shard_of_image(batch["image"], shards)
 
 
-def _joined(table: Any, *names: str) -> Any:
-    return pc.binary_join_element_wise(*(table[name].cast(pa.string()) for name in names), "\0")
-
-
 def _listed_and_looked(pair: ShardPair, storage: Storage) -> tuple[pa.Table, pa.Table]:
     """A unit's listing, and of all that was ever looked at what has the size and checksum of one of it."""
     listing = read_table(storage, pair.left, LISTING)
-    contents = pc.unique(_joined(listing, "size", "crc32c"))
-    return listing, read_table(storage, pair.right, FILES, lambda batch: pc.is_in(_joined(batch, "size", "crc32c"), contents))
+    contents = pc.unique(joined(listing, "size", "crc32c"))
+    return listing, read_table(storage, pair.right, FILES, lambda batch: pc.is_in(joined(batch, "size", "crc32c"), contents))
 
 
 def write_pack(pair: ShardPair, run: MonthRun, units: int) -> Receipt:
@@ -134,7 +111,7 @@ def write_pack(pair: ShardPair, run: MonthRun, units: int) -> Receipt:
     # An image that was gone when it was to be looked at was not looked at: it may be delivered again.
     known = looked.filter(looked["creative"].is_valid())
     counts = Counter[str]()
-    seen = pc.is_in(_joined(listing, *LISTING.names), _joined(known, *LISTING.names).combine_chunks())
+    seen = pc.is_in(joined(listing), joined(known).combine_chunks())
     new = listing.filter(pc.invert(seen)).sort_by([("size", "ascending"), ("crc32c", "ascending"), ("image", "ascending")])
     contents: dict[tuple[int, str], dict[str, _Looks]] = {}
     for row in known.group_by(["size", "crc32c", "creative", *_LOOKS.names]).aggregate([]).to_pylist():
@@ -189,7 +166,7 @@ def write_index(pair: ShardPair, storage: Storage, folder: str) -> Receipt:
     listing, looked = _listed_and_looked(pair, storage)
     # By creative, nulls last: the first that is found of a name is one that was there, if ever it was.
     looked = looked.sort_by("creative")
-    where = pc.index_in(_joined(listing, *LISTING.names), _joined(looked, *LISTING.names).combine_chunks())
+    where = pc.index_in(joined(listing), joined(looked).combine_chunks())
     found = looked.select(["creative", *_LOOKS.names]).take(where)
     usable = pc.is_in(found["image_status"], pa.array(images.USABLE))
     columns = [listing["image"], pc.if_else(usable, found["creative"], None), found["image_status"]]

@@ -7,7 +7,6 @@ many rows, at 1 % for all comparisons of a month together, and beyond the limit 
 """
 
 import dataclasses
-import json
 import logging
 import math
 import statistics as numbers
@@ -176,7 +175,7 @@ def execute(run: MonthRun) -> None:
     follows = month == lake.month_after(run.month, -1)
     found: list[Compared] = []
     if before:
-        usual = _Usual(run.storage, run.month)
+        usual = _usual(run.storage, run.month)
         found += compare(before, now, run.contract, run.config.monitor_missing, usual)
         if follows:  # In two months more comes and goes than is usual of one.
             found += churn(before, now, run.contract, usual)
@@ -187,7 +186,7 @@ def execute(run: MonthRun) -> None:
     if window:
         found += skew([*(statistics.of_run(run.storage, *pair) for pair in window.items()), now], now, run.contract)
     document = {"previous": month or None, **ruled(found, run.config.monitor_stop)}
-    run.storage.write(_file(run.month, run.id), json.dumps(document, indent=1).encode())
+    run.storage.write_json(_file(run.month, run.id), document)
     check(run)
 
 
@@ -223,20 +222,20 @@ def headlines(storage: Storage, month: str, id: str) -> list[str]:
 def previous(run: MonthRun) -> tuple[str, str]:
     """The month before and the run that was last published of it, with rows of this contract; ("", "") where there is none."""
     month = lake.month_after(run.month, -1)
-    notes = [note.run for note in lake.publications(run.storage, month) if note.contract == run.contract.fingerprint]
-    return (month, dict(run.earlier).get(month, notes[-1])) if notes else ("", "")
+    last = lake.last_publication(run.storage, month, run.contract.fingerprint)
+    return (month, dict(run.earlier).get(month, last.run)) if last else ("", "")
 
 
 def _latest(run: MonthRun) -> tuple[str, str, Sketches]:
     """The last month before with a published run, that run and its sketches, of columns that are still what they were; or nothing."""
     for back in range(1, _TRAILING + 1):
         month = lake.month_after(run.month, -back)
-        for note in lake.publications(run.storage, month)[-1:]:
-            id = dict(run.earlier).get(month, note.run)
-            if found := statistics.of_run(run.storage, month, id):
-                then, now = _meanings(kept(run.config, month, id).contract), _meanings(run.contract)
-                same = {name for name, meaning in now.items() if then.get(name) == meaning}
-                return month, id, {key: sketch for key, sketch in found.items() if key[0] == IMAGES or key[1] in same}
+        last = lake.last_publication(run.storage, month)
+        id = dict(run.earlier).get(month, last.run) if last else ""
+        if last and (found := statistics.of_run(run.storage, month, id)):
+            then, now = _meanings(kept(run.config, month, id).contract), _meanings(run.contract)
+            same = {name for name, meaning in now.items() if then.get(name) == meaning}
+            return month, id, {key: sketch for key, sketch in found.items() if key[0] == IMAGES or key[1] in same}
     return "", "", {}
 
 
@@ -374,14 +373,12 @@ def _embedded(run: MonthRun, month: str, id: str) -> dict[str, np.ndarray]:
     return {creative: found[creative] for creative in sorted(found)[:_SEEN]}
 
 
-class _Usual:
+def _usual(storage: Storage, month: str) -> Usual:
     """As the runs that were last published of the months before have it."""
-
-    def __init__(self, storage: Storage, month: str):
-        months = [lake.month_after(month, -back) for back in range(1, _TRAILING + 1)]
-        runs = [(earlier, notes[-1].run) for earlier in months if (notes := lake.publications(storage, earlier))]
-        documents = [storage.read_json(_file(*pair)) or {"compared": []} for pair in runs]
-        self._rows = [row for document in documents for row in document["compared"]]
-
-    def __call__(self, kind: str, column: str, value: str | None) -> list[float]:
-        return [row["distance"] for row in self._rows if (row["kind"], row["column"]) == (kind, column) and value in (None, row["value"])]
+    months = [lake.month_after(month, -back) for back in range(1, _TRAILING + 1)]
+    published = [last for earlier in months if (last := lake.last_publication(storage, earlier))]
+    documents = [storage.read_json(_file(last.month, last.run)) or {"compared": []} for last in published]
+    rows = [row for document in documents for row in document["compared"]]
+    return lambda kind, column, value: [
+        row["distance"] for row in rows if (row["kind"], row["column"]) == (kind, column) and value in (None, row["value"])
+    ]

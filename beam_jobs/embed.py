@@ -16,20 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from apache_beam.ml.inference.base import RunInference
 
-from beam_jobs.arrow import (
-    CommitStage,
-    Repartition,
-    ShardPair,
-    Unit,
-    WriteUnits,
-    pair_shards,
-    read_table,
-    read_unit,
-)
+from beam_jobs.arrow import CommitStage, Repartition, ShardPair, Unit, WriteUnits, pair_shards, read_table, read_unit
 from beam_jobs.creatives import pack_files
 from beam_jobs.inference import EncoderHandler, Named
 from beam_jobs.run import MonthRun
-from beam_jobs.workers import Listed, gpu_hints, on_gpu
+from beam_jobs.workers import Listed, gpu_hints, on_gpu, read_by_shard
 from model.encoder import EMBEDDING_WIDTH
 from model.features import embedding_type
 from schemas import lake
@@ -52,7 +43,6 @@ def define_pack_pipeline(root: beam.Pipeline, run: MonthRun, encoder: str) -> No
     _ = (
         root
         | "Packs" >> Listed(functools.partial(unseen_packs, run.storage, encoder), str)
-        | "SpreadPacks" >> beam.Reshuffle()
         | "EmbedPacks" >> _EmbedPacks(run.storage, encoder, folder, read).with_resource_hints(**hints)
         | "CommitPacks" >> CommitStage(run.storage, folder, "packs", {"encoder": encoder})
     )
@@ -78,34 +68,23 @@ class _EmbedPacks(beam.PTransform):
 
 def unseen_packs(storage: Storage, encoder: str) -> list[str]:
     """Packs of thumbnails that this encoder has not embedded."""
-    seen = {receipt.unit.rpartition("@")[0] for receipt in _embedded(storage, encoder)}
+    seen = {receipt.unit.rpartition("@")[0] for receipt in lake.pack_receipts(storage, f"embeddings/{encoder}/")}
     return [pack for pack in pack_files(storage) if pack not in seen]
 
 
 def define_gather_pipeline(root: beam.Pipeline, run: MonthRun, encoder: str, month: str, id: str) -> None:
     """The creatives of a month's images, and all embeddings → the embeddings that each shard of its rows needs."""
     folder, storage = embeddings_folder(encoder, month, id), run.storage
-    index = run.manifest(lake.stage_folder("creatives", month, id), "creatives")
-    shards, spill = index.info["shards"], run.spill
-    by_creative = functools.partial(_shard_of_creative, shards=shards)
-    wanted = (
-        root
-        | "Index" >> Listed(functools.partial(_index_files, run, month, id), tuple[str, int])
-        | "SpreadIndex" >> beam.Reshuffle()
-        | "ReadWanted" >> beam.FlatMap(functools.partial(_read_wanted, storage)).with_output_types(pa.RecordBatch)
-        | "ShardWanted" >> Repartition(storage, spill, shards, by_creative, unit_rows=None)
-    )
-    embedded = (
-        root
-        | "Embeddings" >> Listed(lambda: [receipt.file for receipt in _embedded(storage, encoder)], str)
-        | "SpreadEmbeddings" >> beam.Reshuffle()
-        | "ReadEmbeddings" >> beam.FlatMap(functools.partial(read_parquet, storage)).with_output_types(pa.RecordBatch)
-        | "ShardEmbeddings" >> Repartition(storage, spill, shards, by_creative, unit_rows=None)
-    )
+    index = run.manifest(lake.stage_folder("creatives", month, id))
+    shards, of_month = index.info["shards"], functools.partial(_index_files, run, month, id)
+    read_index, read_pack = functools.partial(_read_wanted, storage), functools.partial(read_parquet, storage)
+    wanted = read_by_shard(root, "Wanted", run, of_month, read_index, shards, _shard_of_creative, tuple[str, int])
+    packs = functools.partial(_embedded_files, storage, encoder)
+    embedded = read_by_shard(root, "Embeddings", run, packs, read_pack, shards, _shard_of_creative)
     _ = (
         pair_shards(wanted, embedded)
         | "FindEmbeddings" >> beam.FlatMap(functools.partial(find_embeddings, storage)).with_output_types(pa.RecordBatch)
-        | "ShardByImage" >> Repartition(storage, spill, shards, _shard_column, unit_rows=None)
+        | "ShardByImage" >> Repartition(storage, run.spill, shards, _shard_column, unit_rows=None)
         | "SpreadShards" >> beam.Reshuffle()
         | "WriteShards" >> beam.Map(write_embeddings, storage, folder).with_output_types(Receipt)
         | "CommitEmbeddings" >> CommitStage(storage, folder, "embed", {"encoder": encoder, "shards": shards, "width": EMBEDDING_WIDTH})
@@ -113,13 +92,13 @@ def define_gather_pipeline(root: beam.Pipeline, run: MonthRun, encoder: str, mon
 
 
 def _index_files(run: MonthRun, month: str, id: str) -> list[tuple[str, int]]:
-    index = run.manifest(lake.stage_folder("creatives", month, id), "creatives")
+    index = run.manifest(lake.stage_folder("creatives", month, id))
     return [(receipt.file, shard_of_unit(receipt.unit)) for receipt in index.receipts if receipt.file]
 
 
-def _embedded(storage: Storage, encoder: str) -> list[Receipt]:
-    """What this encoder has embedded, in all complete runs: a receipt a pack."""
-    return lake.pack_receipts(storage, f"embeddings/{encoder}/")
+def _embedded_files(storage: Storage, encoder: str) -> list[str]:
+    """What this encoder has embedded, in all complete runs: a file a pack."""
+    return [receipt.file for receipt in lake.pack_receipts(storage, f"embeddings/{encoder}/")]
 
 
 def read_thumbnails(storage: Storage, pack: str) -> Iterator[Named]:

@@ -9,7 +9,6 @@ import collections
 import dataclasses
 import datetime
 import functools
-import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,12 +18,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_jobs.join import month_rows
-from beam_jobs.pairs import CANDIDATE, CHAMPION, candidate, peers
 from beam_jobs.run import MonthRun, StageError
 from beam_jobs.workers import Listed
 from model import gate, golden, registry, splits
 from model.evaluation import COLD, OVERALL, WARM, Evaluation, Segment, clusters_of, evaluate, merged, quality
 from model.features import outcomes
+from model.gate import CANDIDATE, CHAMPION
 from model.registry import ModelError
 from schemas import lake
 from schemas.contract import Contract
@@ -94,7 +93,7 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun) -> None:
 
 def define_plan(root: beam.Pipeline, run: MonthRun) -> "tuple[beam.PCollection[Unit], beam.PCollection[Plan]]":
     """The window's units, and what of them is judged."""
-    units = root | "Units" >> Listed(functools.partial(units_of, run), Unit) | "SpreadUnits" >> beam.Reshuffle()
+    units = root | "Units" >> Listed(functools.partial(units_of, run), Unit)
     plan = (
         units
         | "CountUnit" >> beam.Map(count, run).with_output_types(Counted)
@@ -152,16 +151,16 @@ def broken(run: MonthRun) -> str:
     """What is wrong with the candidate's files, told by loading them in a fresh process; empty where nothing is."""
     with registry.local_folder() as folder:
         try:
-            registry.fetch(run.storage, "ranker", run.version, pathlib.Path(folder))
+            registry.fetch(run.storage, "ranker", run.version, folder)
         except ModelError as error:
             return str(error)
-        wrong = golden.check(pathlib.Path(folder))
+        wrong = golden.check(folder)
     return f"ranker {run.version!r} does not do in a fresh process what it did when it was trained: {wrong}" if wrong else ""
 
 
 def judged_pairs(run: MonthRun, plan: Plan) -> dict[str, Champion]:
     """The pairs that the run's gate compares, the candidate first."""
-    return peers(run) if plan.broken else {CANDIDATE: candidate(run), **peers(run)}
+    return run.peers() if plan.broken else {CANDIDATE: run.candidate, **run.peers()}
 
 
 def judge(unit: Unit, run: MonthRun, plan: Plan, pairs: Mapping[str, Champion] | None = None) -> Iterator[tuple[int, Judged]]:
@@ -195,7 +194,7 @@ def predicted(
         by_encoder = {encoder: batch.filter(pa.array(judged)) for encoder, batch in zip(encoders, batches, strict=True)}
         predictions: dict[str, np.ndarray] = {}
         for name, pair in pairs.items():
-            ranker = _ranker(run, pair.ranker)
+            ranker = ranker_of(run, pair.ranker)
             probability = ranker.predict(by_encoder[pair.encoder], at_reference=False)
             # As scoring has it: a row that the model fails on has the base rate.
             predictions[name] = np.where(np.isfinite(probability), probability, ranker.base_rate)
@@ -243,7 +242,7 @@ def decide(judged: Sequence[Judged], run: MonthRun, plan: Plan) -> Manifest:
         StageError: the first model is broken, so there is none to publish.
     """
     evaluation = merged(unit.evaluation for unit in sorted(judged, key=lambda unit: unit.number))
-    known = peers(run)
+    known = run.peers()
     if not evaluation.models:
         evaluation = Evaluation((CANDIDATE, gate.BASE_RATE, *known), {})
     ruling = gate.verdict(evaluation, plan.months, run.config.max_ne_loss, run.config.min_gate_clicks, plan.broken)
@@ -251,7 +250,7 @@ def decide(judged: Sequence[Judged], run: MonthRun, plan: Plan) -> Manifest:
         raise StageError(f"{plan.broken}; there is no champion to score {run.month} with, so remove its folder and train again")
     if run.champion and CHAMPION not in known:
         ruling["why"] += "; the champion is of another contract, and cannot score these rows"
-    pairs = {CANDIDATE: candidate(run), **known}
+    pairs = {CANDIDATE: run.candidate, **known}
     pair = pairs[CANDIDATE if ruling["promoted"] else CHAMPION]
     metrics = {name: evaluation.overall.metrics(model) for model, name in enumerate(evaluation.models)}
     month = plan.months[0] if plan.months else run.month
@@ -281,13 +280,14 @@ def check_promoted(run: MonthRun) -> None:
     Raises:
         StageError: says why it refused.
     """
-    info = run.manifest(run.stage(FOLDER), "evaluate").info
+    info = run.manifest(run.stage(FOLDER)).info
     if run.config.require_promotion and not info["promoted"]:
         raise StageError(f"{run.month} is not scored, as a promotion is required and the candidate was refused: {info['why']}")
 
 
 @functools.lru_cache(4)
-def _ranker(run: MonthRun, version: str) -> Any:
+def ranker_of(run: MonthRun, version: str) -> Any:
+    """A ranker that was trained under the run's contract, loaded once a process."""
     ranker = registry.load(run.storage, "ranker", version)
     if ranker.fingerprint != run.contract.fingerprint:
         raise StageError(f"ranker {version!r} was trained under contract {ranker.fingerprint}, the month has {run.contract.fingerprint}")

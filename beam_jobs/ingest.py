@@ -73,7 +73,6 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun) -> None:
     read = (
         root
         | "Files" >> Listed(functools.partial(month_parts, run), Part)
-        | "SpreadFiles" >> beam.Reshuffle()
         | "ReadRows" >> beam.ParDo(_ReadRows(run, shards)).with_outputs("parts", main="rows")
     )
     later = (

@@ -61,10 +61,10 @@ class MonthRows:
 
     def __init__(self, run: MonthRun, month: str, id: str, encoder: str | None):
         self._run, self._month = run, month
-        rows = run.manifest(lake.stage_folder("rows", month, id), "ingest")
+        rows = run.manifest(lake.stage_folder("rows", month, id))
         self.units = [receipt for receipt in rows.receipts if receipt.unit.startswith("shard/")]
-        self._index = _by_shard(run.manifest(lake.stage_folder("creatives", month, id), "creatives"))
-        embedded = encoder and run.manifest(embeddings_folder(encoder, month, id), "embed")
+        self._index = _by_shard(run.manifest(lake.stage_folder("creatives", month, id)))
+        embedded = encoder and run.manifest(embeddings_folder(encoder, month, id))
         self._embeddings = _by_shard(embedded) if embedded else {}
         self._width = embedded.info["width"] if embedded else None
 

@@ -1,17 +1,14 @@
 """The ledger: every row of the month accounted for, from manifests and from the files themselves, never from a runner's counters."""
 
-import contextlib
-import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from beam_jobs.run import MonthRun, StageError
 from schemas import lake
-from schemas.lake import Manifest
 from schemas.retries import take_retries
 from schemas.storage import Storage
 from serving.shard import read_header
@@ -26,24 +23,24 @@ def take(run: MonthRun) -> dict[str, Any]:
     Raises:
         StageError: it does not balance, or a file is missing or damaged; says where.
     """
-    rows = run.manifest(run.stage("rows"), "ingest")
-    scores, evaluation = run.manifest(run.stage("scores"), "score"), lake.read_manifest(run.storage, run.stage("evaluation"))
-    lookup = run.manifest(run.stage("lookup"), "lookup")
-    packs = run.manifest(run.stage("creatives") + "/packs", "creatives")
-    index = run.manifest(run.stage("creatives"), "creatives")
+    rows = run.manifest(run.stage("rows"))
+    scores, evaluation = run.manifest(run.stage("scores")), lake.read_manifest(run.storage, run.stage("evaluation"))
+    lookup = run.manifest(run.stage("lookup"))
+    packs = run.manifest(run.stage("creatives") + "/packs")
+    index = run.manifest(run.stage("creatives"))
     embedded = lake.read_manifest(run.storage, lake.stage_folder(f"embeddings/{scores.info['encoder']}", run.month, run.id) + "/packs")
     rejected, steps = rows.counts("rejected:"), used(run)
     counts = {
         "read": rows.count("read"),
         "rejected": sum(rejected.values()),
         "ingested": rows.count("ingested"),
-        "ingested in files": _parquet_rows(run.storage, [r.file for r in rows.receipts if r.unit.startswith("shard/")]),
-        "rejected in files": _parquet_rows(run.storage, [r.file for r in rows.receipts if r.unit.startswith("file/") and r.file]),
+        "ingested in files": _rows(run.storage, [r.file for r in rows.receipts if r.unit.startswith("shard/")], _in_parquet),
+        "rejected in files": _rows(run.storage, [r.file for r in rows.receipts if r.unit.startswith("file/") and r.file], _in_parquet),
         "scored": scores.count("scored"),
-        "scored in files": _parquet_rows(run.storage, scores.files),
+        "scored in files": _rows(run.storage, scores.files, _in_parquet),
         "lookup": lookup.rows,
-        "lookup in files": _lookup_entries(run.storage, lookup),
-        "images listed": run.storage.read_json(f"{run.folder}/inputs.json")["images"]["count"],
+        "lookup in files": _rows(run.storage, lookup.files, lambda stream: read_header(stream)[0]),
+        "images listed": run.inputs["images"]["count"],
         "images": index.count("images"),
         "images fetched": packs.count("fetched"),
         "images decoded": packs.count("decoded"),
@@ -82,7 +79,7 @@ def take(run: MonthRun) -> dict[str, Any]:
         "balanced": not unbalanced,
         "unbalanced": unbalanced,
     }
-    run.storage.write(f"{run.folder}/ledger.json", json.dumps(ledger, indent=1).encode())
+    run.storage.write_json(f"{run.folder}/ledger.json", ledger)
     if unbalanced:
         raise StageError(f"the ledger of {run.month} does not balance, nothing is published: {'; '.join(unbalanced)}")
     return ledger
@@ -130,32 +127,21 @@ def _used(steps: Mapping[str, Mapping[str, float]]) -> str:
     return f"{seconds}; {vcpu:,.2f} vCPU hours, {gpu:,.2f} GPU hours" if vcpu else seconds
 
 
-def _parquet_rows(storage: Storage, files: list[str]) -> int:
-    """Rows by the files' own footers."""
+def _rows(storage: Storage, files: list[str], count: Callable[[BinaryIO], int]) -> int:
+    """Rows by the files' own footers or headers; a file that a manifest lists must be there and whole."""
     total = 0
     for file in files:
-        with _readable(storage, file), storage.open(file) as stream:
-            total += pq.ParquetFile(pa.PythonFile(stream, "r")).metadata.num_rows
+        try:
+            with storage.open(file) as stream:
+                total += count(stream)
+        except (PermissionError, TimeoutError):
+            raise  # The storage's own sentence: the file may well be whole.
+        except (OSError, ValueError) as error:  # Arrow's is one of the latter.
+            raise StageError(
+                f"{storage.url(file)} cannot be counted, nothing is published: {error}; remove its stage's folder and run the month again"
+            ) from error
     return total
 
 
-def _lookup_entries(storage: Storage, lookup: Manifest) -> int:
-    """Rows by the shards' own headers."""
-    total = 0
-    for file in lookup.files:
-        with _readable(storage, file), storage.open(file) as stream:
-            total += read_header(stream)[0]
-    return total
-
-
-@contextlib.contextmanager
-def _readable(storage: Storage, file: str) -> Iterator[None]:
-    """A file that a manifest lists must be there and whole."""
-    try:
-        yield
-    except (PermissionError, TimeoutError):
-        raise  # The storage's own sentence: the file may well be whole.
-    except (OSError, ValueError) as error:  # Arrow's is one of the latter.
-        raise StageError(
-            f"{storage.url(file)} cannot be counted, nothing is published: {error}; remove its stage's folder and run the month again"
-        ) from error
+def _in_parquet(stream: BinaryIO) -> int:
+    return pq.ParquetFile(pa.PythonFile(stream, "r")).metadata.num_rows

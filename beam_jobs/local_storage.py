@@ -108,13 +108,13 @@ class Handler(RequestHandler):
     rfile: Any
     wfile: Any
 
-    def _answer(self, method: str) -> None:
+    def do_GET(self) -> None:
         body = _read_raw_data(self) or b""
         for header in ("Transfer-Encoding", "Content-Length"):
             del self.headers[header]
         self.headers["Content-Length"] = str(len(body))
         url = urlsplit(self.path)
-        if (method, url.path) == ("POST", "/token"):
+        if (self.command, url.path) == ("POST", "/token"):
             self._send_json(200, {"access_token": "local", "token_type": "Bearer", "expires_in": 3600})
             return
         condition = parse_qs(url.query).get("ifGenerationMatch")
@@ -124,8 +124,8 @@ class Handler(RequestHandler):
         try:
             with self.storage.lock:
                 self.storage.expected = int(condition[0]) if condition else None
-                self.storage.reading = method == "GET"
-                Router(self).handle(method)
+                self.storage.reading = self.command == "GET"
+                Router(self).handle(self.command)
         except PreconditionFailed as error:
             self._send_json(412, {"error": {"code": 412, "message": str(error)}})
         except OSError as error:
@@ -135,6 +135,8 @@ class Handler(RequestHandler):
             self.rfile, self.wfile = socket_in, socket_out
         self.wfile.write(answer.getvalue())
 
+    do_POST = do_PUT = do_PATCH = do_DELETE = do_GET
+
     def _send_json(self, status: int, content: dict[str, Any]) -> None:
         body = json.dumps(content).encode()
         self.send_response(status)
@@ -142,21 +144,6 @@ class Handler(RequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
-
-    def do_GET(self) -> None:
-        self._answer("GET")
-
-    def do_POST(self) -> None:
-        self._answer("POST")
-
-    def do_PUT(self) -> None:
-        self._answer("PUT")
-
-    def do_PATCH(self) -> None:
-        self._answer("PATCH")
-
-    def do_DELETE(self) -> None:
-        self._answer("DELETE")
 
 
 class Server(ThreadingHTTPServer):

@@ -15,10 +15,10 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 
-from beam_jobs.arrow import UNIT_ROWS, CommitStage, InThreads, Repartition, Unit, read_unit, shards_for
+from beam_jobs.arrow import UNIT_ROWS, CommitStage, InThreads, Unit, read_unit, shards_for
 from beam_jobs.run import MonthRun
 from beam_jobs.shard import CHUNK_ROWS, key_numbers, records, write_file
-from beam_jobs.workers import Listed
+from beam_jobs.workers import read_by_shard
 from schemas import lake
 from schemas.lake import Manifest, Receipt
 from schemas.parquet import read_parquet, upload
@@ -42,12 +42,9 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun, scores: Manifest) -> Non
         "model_version": scores.info["ranker"],
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+    read = functools.partial(read_scores, run.storage)
     _ = (
-        root
-        | "Scores" >> Listed(lambda: run.manifest(run.stage("scores"), "score").files, str)
-        | "SpreadScores" >> beam.Reshuffle()
-        | "ReadScores" >> beam.FlatMap(functools.partial(read_scores, run.storage)).with_output_types(pa.RecordBatch)
-        | "ShardByKey" >> Repartition(run.storage, run.spill, shards, functools.partial(shard_of_key, shards=shards), unit_rows=None)
+        read_by_shard(root, "Scores", run, lambda: run.manifest(run.stage("scores")).files, read, shards, shard_of_key)
         | "SpreadShards" >> beam.Reshuffle()
         | "WriteShard" >> beam.ParDo(InThreads(write_shard, run.storage, folder, shards)).with_output_types(Receipt)
         | "CommitLookup" >> CommitStage(run.storage, folder, store.STAGE, info)

@@ -8,12 +8,10 @@ adstocrat compare 2026-09-0123456789abcdef 2026-10-0123456789abcdef --lake gs://
 import dataclasses
 import json
 import math
-import pathlib
 from typing import Any
 
 from beam_jobs.config import Config
-from beam_jobs.evaluate import count, judge, make_plan
-from beam_jobs.join import month_rows
+from beam_jobs.evaluate import count, judge, make_plan, units_of
 from beam_jobs.run import MonthRun, StageError
 from model import golden, registry
 from model.evaluation import Evaluation, merged
@@ -69,9 +67,9 @@ def promote(storage: Storage, version: str) -> Champion:
         if made.info["contract"] != contract:
             raise ModelError(f"ranker {version!r} is of contract {made.info['contract']}, the champion {there.ranker!r} of {contract}")
     with registry.local_folder() as folder, registry.local_folder() as encoder:
-        registry.fetch(storage, "encoder", made.info["encoder"], pathlib.Path(encoder))
-        registry.fetch(storage, "ranker", version, pathlib.Path(folder))
-        if wrong := golden.check(pathlib.Path(folder)):
+        registry.fetch(storage, "encoder", made.info["encoder"], encoder)
+        registry.fetch(storage, "ranker", version, folder)
+        if wrong := golden.check(folder):
             raise ModelError(f"ranker {version!r} does not do what it did when it was trained: {wrong}")
     # The month stays that of the newest publication, which alone moves it on.
     month, run = (there.month, there.run) if there else (made.info["month"], made.info["run"])
@@ -94,15 +92,14 @@ def compare(storage: Storage, one: str, other: str) -> dict[str, Any]:
         raise ModelError(f"ranker {one!r} is of contract {found[one]}, {other!r} of {found[other]}; they cannot be compared")
     pairs = {version: Champion(manifest.info["encoder"], version, "", "") for version, manifest in made.items()}
     with registry.local_folder() as folder:
-        registry.fetch(storage, "ranker", one, pathlib.Path(folder))
-        contract = contracts.load(pathlib.Path(folder) / "contract.pbtxt")
+        registry.fetch(storage, "ranker", one, folder)
+        contract = contracts.load(folder / "contract.pbtxt")
     for month in sorted({name.split("/")[1] for name in storage.names("publish/")}, reverse=True):
-        ids = [note.run for note in lake.publications(storage, month) if note.contract == contract.fingerprint]
-        folders = [lake.embeddings_folder(pair.encoder, month, ids[-1]) for pair in pairs.values()] if ids else []
-        if folders and all(lake.read_manifest(storage, folder) for folder in folders):
-            earlier = storage.read_json(f"{lake.run_folder(month, ids[-1])}/inputs.json")["window"]
+        last = lake.last_publication(storage, month, contract.fingerprint)
+        if last and all(lake.read_manifest(storage, lake.embeddings_folder(pair.encoder, month, last.run)) for pair in pairs.values()):
+            earlier = storage.read_json(f"{lake.run_folder(month, last.run)}/inputs.json")["window"]
             window = tuple((earlier_month, id) for earlier_month, id in earlier)
-            run = MonthRun(storage, contract, Config(lake=storage.uri), month, ids[-1], window, None, None)
+            run = MonthRun(storage, contract, Config(lake=storage.uri), month, last.run, window, None, None)
             evaluation = _evaluate(run, pairs)
             if evaluation.overall.rows:
                 return {"month": month, "versions": [one, other], "slices": _compared(evaluation, one, other)}
@@ -110,7 +107,7 @@ def compare(storage: Storage, one: str, other: str) -> dict[str, Any]:
 
 
 def _evaluate(run: MonthRun, pairs: dict[str, Champion]) -> Evaluation:
-    units = [(month, id, unit, 0) for month, id in run.window for unit in month_rows(run, month, id, None).units]
+    units = units_of(run)
     plan = dataclasses.replace(make_plan([count(unit, run) for unit in units], 1), months=(run.month,))
     return merged(judged.evaluation for unit in units for _, judged in judge(unit, run, plan, pairs))
 

@@ -6,17 +6,14 @@ import logging
 import resource
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from beam_jobs import drift, ledger
+from beam_jobs import drift, ledger, publish, report
 from beam_jobs.notify import notify
 from beam_jobs.ready import check_rejects
 from beam_jobs.run import HandedOverError, MonthRun, stage_error
 from schemas import lake
 from schemas.lake import Manifest
-
-if TYPE_CHECKING:
-    from beam_jobs.report import Summary
 
 log = logging.getLogger("adstocrat")
 Flags = Sequence[str]
@@ -39,10 +36,8 @@ class Stage:
     tell: Callable[[MonthRun], tuple[str, int]]
 
 
-def run_month(run: MonthRun, flags: Flags) -> "Summary":
+def run_month(run: MonthRun, flags: Flags) -> report.Summary:
     """Run all stages, show the ledger, tell the webhook, and make the page; of a month that is stopped both say why."""
-    from beam_jobs import report
-
     try:
         ran = _run_stages(run, flags)
     except HandedOverError:
@@ -58,8 +53,6 @@ def run_month(run: MonthRun, flags: Flags) -> "Summary":
 
 def _run_stages(run: MonthRun, flags: Flags) -> bool:
     """Whether any had to run."""
-    from beam_jobs import report
-
     log.info("month %s, run %s, window %s", run.month, run.id, ", ".join(month for month, _ in run.window))
     started, expected, ran = time.monotonic(), _expected(run), False
     for i, stage in enumerate(STAGES):
@@ -84,8 +77,8 @@ def _run_stages(run: MonthRun, flags: Flags) -> bool:
 
 def _expected(run: MonthRun) -> dict[str, float]:
     """Seconds that each stage took in the last run of the month before, as the ledger has them; nothing where there is none."""
-    noted = lake.publications(run.storage, lake.month_after(run.month, -1))
-    told = noted and run.storage.read_json(f"{lake.run_folder(noted[-1].month, noted[-1].run)}/ledger.json")
+    last = lake.last_publication(run.storage, lake.month_after(run.month, -1))
+    told = last and run.storage.read_json(f"{lake.run_folder(last.month, last.run)}/ledger.json")
     seconds: dict[str, float] = {}
     for step, values in (told or {}).get("used", {}).items():
         stage = step.partition("-")[0]
@@ -120,7 +113,7 @@ def _pipeline(step: str, define: Any, flags: Flags, run: MonthRun, *arguments: A
     run_step(lambda root: define(root, run, *arguments), flags, run, step)
 
 
-# Each stage imports its own job, so that a month in which nothing is to do imports neither Beam nor TensorFlow.
+# A stage of pipelines imports its own job, so that a month in which nothing is to do imports neither Beam nor TensorFlow.
 
 
 def _ingest(run: MonthRun, flags: Flags) -> None:
@@ -130,7 +123,7 @@ def _ingest(run: MonthRun, flags: Flags) -> None:
 
 
 def _rows(run: MonthRun) -> Manifest:
-    return run.manifest(run.stage("rows"), "ingest")
+    return run.manifest(run.stage("rows"))
 
 
 def _tell_ingest(run: MonthRun) -> tuple[str, int]:
@@ -150,8 +143,8 @@ def _creatives(run: MonthRun, flags: Flags) -> None:
 
 
 def _tell_creatives(run: MonthRun) -> tuple[str, int]:
-    index = run.manifest(run.stage("creatives"), "creatives")
-    packs = run.manifest(run.stage("creatives") + "/packs", "creatives")
+    index = run.manifest(run.stage("creatives"))
+    packs = run.manifest(run.stage("creatives") + "/packs")
     images, fetched = index.count("images"), packs.count("fetched")
     faults = sum(count for status, count in index.counts("status:").items() if not status.startswith("ok"))
     return f"{images:,} images, {fetched:,} new, {packs.count('decoded'):,} decoded, {faults:,} faults", fetched
@@ -178,10 +171,6 @@ def _tell_realised(run: MonthRun) -> tuple[str, int]:
     return f"{judged}{told['verdict']}", sum(row["impressions"] for row in told["rows"] if row["segment"] is None)
 
 
-def _drift(run: MonthRun, flags: Flags) -> None:
-    drift.execute(run)
-
-
 def _tell_drift(run: MonthRun) -> tuple[str, int]:
     found = run.storage.read_json(f"{run.folder}/drift.json")
     against = f"against {found['previous']}" if found["previous"] else "no month to compare with"
@@ -196,7 +185,7 @@ def _encoder(run: MonthRun, flags: Flags) -> None:
 
 def _tell_model(folder: Callable[[MonthRun], str]) -> Callable[[MonthRun], tuple[str, int]]:
     def tell(run: MonthRun) -> tuple[str, int]:
-        info = run.manifest(folder(run), "train").info
+        info = run.manifest(folder(run)).info
         training = info["training"]
         told = f"{training['rows']:,} rows, {training['clicks']:,.0f} clicks"
         if training.get("epochs"):
@@ -211,7 +200,7 @@ def _tell_model(folder: Callable[[MonthRun], str]) -> Callable[[MonthRun], tuple
 def _embed(run: MonthRun, flags: Flags) -> None:
     from beam_jobs import embed
 
-    run.manifest(_encoder_folder(run), "encoder")
+    run.manifest(_encoder_folder(run))
     # Each pipeline has a name of its own; those of the run's own encoder, which is the first, need no number.
     number = {encoder: f"-{i}" if i else "" for i, encoder in enumerate(dict.fromkeys(encoder for encoder, _, _ in _to_embed(run)))}
     for encoder in number:
@@ -224,9 +213,7 @@ def _embed(run: MonthRun, flags: Flags) -> None:
 
 def _to_embed(run: MonthRun) -> list[tuple[str, str, str]]:
     """Encoder, month and run of the embeddings that there must be: of the whole window, for training and for the gate, by each pair's."""
-    from beam_jobs.pairs import peers
-
-    encoders = [run.encoder, *sorted({pair.encoder for pair in peers(run).values()} - {run.encoder})]
+    encoders = [run.encoder, *sorted({pair.encoder for pair in run.peers().values()} - {run.encoder})]
     return [(encoder, *month) for encoder in encoders for month in run.window]
 
 
@@ -239,15 +226,15 @@ def _embed_is_complete(run: MonthRun) -> bool:
 
 
 def _tell_embed(run: MonthRun) -> tuple[str, int]:
-    embedded = run.manifest(_embeddings(run) + "/packs", "embed").count("embedded")
+    embedded = run.manifest(_embeddings(run) + "/packs").count("embedded")
     return f"{embedded:,} new creatives embedded by {run.encoder}", embedded
 
 
 def _train(run: MonthRun, flags: Flags) -> None:
     from beam_jobs import realised, train
 
-    run.manifest(_encoder_folder(run), "encoder")
-    run.manifest(_embeddings(run), "embed")
+    run.manifest(_encoder_folder(run))
+    run.manifest(_embeddings(run))
     drift.check(run)
     realised.check(run)
     _pipeline("train", train.define_pipeline, flags, realised.trained_as(run), train.train_ranker)
@@ -256,7 +243,7 @@ def _train(run: MonthRun, flags: Flags) -> None:
 def _evaluate(run: MonthRun, flags: Flags) -> None:
     from beam_jobs import evaluate
 
-    candidate = run.manifest(_ranker_folder(run), "train")
+    candidate = run.manifest(_ranker_folder(run))
     if candidate.info["training"]["mode"] == "none":
         evaluate.keep_champion(run, candidate.info["training"]["why"])
     else:
@@ -265,7 +252,7 @@ def _evaluate(run: MonthRun, flags: Flags) -> None:
 
 
 def _tell_evaluate(run: MonthRun) -> tuple[str, int]:
-    info = run.manifest(run.stage("evaluation"), "evaluate").info
+    info = run.manifest(run.stage("evaluation")).info
     ruling = "candidate promoted" if info["promoted"] else "champion kept"
     told = f"{ruling}{' (flagged)' if info['flagged'] else ''}: {info['why']}"
     return told, info["metrics"].get("candidate", {}).get("rows", 0)
@@ -276,7 +263,7 @@ def _score(run: MonthRun, flags: Flags) -> None:
 
     evaluate.check_promoted(run)
     if lake.read_manifest(run.storage, run.stage("scores")) is None:
-        _pipeline("score", score.define_pipeline, flags, run, run.manifest(run.stage("evaluation"), "evaluate"))
+        _pipeline("score", score.define_pipeline, flags, run, run.manifest(run.stage("evaluation")))
     shift.explain(run)
 
 
@@ -285,7 +272,7 @@ def _score_is_complete(run: MonthRun) -> bool:
 
 
 def _tell_score(run: MonthRun) -> tuple[str, int]:
-    scores = run.manifest(run.stage("scores"), "score")
+    scores = run.manifest(run.stage("scores"))
     statuses = ", ".join(f"{name} {count:,}" for name, count in scores.counts("score_status:").items())
     return f"{scores.count('scored'):,} rows scored with {scores.info['ranker']} ({statuses})", scores.count("scored")
 
@@ -293,24 +280,12 @@ def _tell_score(run: MonthRun) -> tuple[str, int]:
 def _lookup(run: MonthRun, flags: Flags) -> None:
     from beam_jobs import lookup
 
-    _pipeline("lookup", lookup.define_pipeline, flags, run, run.manifest(run.stage("scores"), "score"))
+    _pipeline("lookup", lookup.define_pipeline, flags, run, run.manifest(run.stage("scores")))
 
 
 def _tell_lookup(run: MonthRun) -> tuple[str, int]:
-    lookup = run.manifest(run.stage("lookup"), "lookup")
+    lookup = run.manifest(run.stage("lookup"))
     return f"{lookup.rows:,} keys in {lookup.info['shards']} shards", lookup.rows
-
-
-def _is_published(run: MonthRun) -> bool:
-    from beam_jobs import publish
-
-    return publish.is_published(run)
-
-
-def _publish(run: MonthRun, flags: Flags) -> None:
-    from beam_jobs import publish
-
-    publish.publish(run)
 
 
 def _tell_publish(run: MonthRun) -> tuple[str, int]:
@@ -336,10 +311,10 @@ STAGES = (
     Stage("realised", _realised_is_complete, _realised, _tell_realised),
     Stage("encoder", _complete(_encoder_folder), _encoder, _tell_model(_encoder_folder)),
     Stage("embed", _embed_is_complete, _embed, _tell_embed),
-    Stage("drift", drift.is_complete, _drift, _tell_drift),
+    Stage("drift", drift.is_complete, lambda run, _: drift.execute(run), _tell_drift),
     Stage("train", _complete(_ranker_folder), _train, _tell_model(_ranker_folder)),
     Stage("evaluate", _complete(_of("evaluation")), _evaluate, _tell_evaluate),
     Stage("score", _score_is_complete, _score, _tell_score),
     Stage("lookup", _complete(_of("lookup")), _lookup, _tell_lookup),
-    Stage("publish", _is_published, _publish, _tell_publish),
+    Stage("publish", publish.is_published, lambda run, _: publish.publish(run), _tell_publish),
 )

@@ -1,7 +1,6 @@
 """Outcomes: what was delivered of the ads' impressions and clicks, as files that BigQuery loads; `outcomes/<month>/<run>/`."""
 
 import datetime
-import functools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +9,7 @@ import pyarrow.compute as pc
 
 from beam_jobs.run import MonthRun
 from schemas import lake, tables
-from schemas.lake import Manifest, Receipt
+from schemas.lake import Manifest
 from schemas.parquet import read_columns, write_parquet
 
 FOLDER = "outcomes"
@@ -21,15 +20,11 @@ def write(run: MonthRun) -> Manifest:
     there = lake.read_manifest(run.storage, run.stage(FOLDER))
     if there:
         return there
-    rows = run.manifest(run.stage("rows"), "ingest").receipts
+    rows = run.manifest(run.stage("rows")).receipts
     units = [receipt for receipt in rows if receipt.unit.startswith("shard/") and receipt.file and run.contract.outcomes]
     with ThreadPoolExecutor(run.config.fetch_threads) as pool:
-        receipts = list(pool.map(functools.partial(_write_unit, run), units))
-    return lake.commit(run.storage, run.stage(FOLDER), Manifest(FOLDER, tuple(receipts)))
-
-
-def _write_unit(run: MonthRun, unit: Receipt) -> Receipt:
-    return write_parquet(run.storage, run.stage(FOLDER), unit.unit, _batches(run, unit.file))
+        receipts = tuple(pool.map(lambda unit: write_parquet(run.storage, run.stage(FOLDER), unit.unit, _batches(run, unit.file)), units))
+    return lake.commit(run.storage, run.stage(FOLDER), Manifest(FOLDER, receipts))
 
 
 def _batches(run: MonthRun, file: str) -> Iterator[pa.RecordBatch]:

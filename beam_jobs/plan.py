@@ -8,15 +8,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from beam_jobs.arrow import SPILL_BYTES, shards_for
 from beam_jobs.config import Config
 from beam_jobs.creatives import IMAGES_PER_UNIT, pack_files
 from beam_jobs.ingest import estimated_rows
 from beam_jobs.month import STAGES
-from beam_jobs.run import LISTING, MonthRun, listing_file
+from beam_jobs.run import LISTING, MonthRun, joined
 from schemas import lake
 from schemas.hashing import hash64_column
 from schemas.parquet import read_columns
@@ -76,7 +74,7 @@ class Delivery:
 def delivery(run: MonthRun) -> Delivery:
     rows = estimated_rows(run.storage, run.ads)
     earlier = (lake.read_manifest(run.storage, lake.stage_folder("rows", month, id)) for month, id in run.earlier)
-    images, (new, size) = run.storage.read_json(f"{run.folder}/inputs.json")["images"]["count"], new_images(run)
+    images, (new, size) = run.inputs["images"]["count"], new_images(run)
     # An encoder of its own embeds all that was ever looked at.
     known = 0 if run.known_encoder else sum(receipt.rows for receipt in lake.pack_receipts(run.storage, "creatives/"))
     return Delivery(rows, rows + sum(manifest.count("ingested") for manifest in earlier if manifest), images, new, size, known + new)
@@ -84,20 +82,17 @@ def delivery(run: MonthRun) -> Delivery:
 
 def new_images(run: MonthRun) -> tuple[int, int]:
     """How many of the month's images no run has looked at, and their bytes; by hashes of name, size and checksum."""
-    known = np.concatenate([np.empty(0, np.uint64), *(_hashes(batch) for file in pack_files(run.storage) for batch in _names(run, file))])
+    known = np.concatenate([np.empty(0, np.uint64), *(hashes for file in pack_files(run.storage) for hashes, _ in _images(run, file))])
     count = size = 0
-    for batch in _names(run, listing_file(run)):
-        new = ~np.isin(_hashes(batch), known)
-        count, size = count + int(new.sum()), size + int(batch["size"].to_numpy()[new].sum())
+    for hashes, sizes in _images(run, run.inputs["listing"]):
+        new = ~np.isin(hashes, known)
+        count, size = count + int(new.sum()), size + int(sizes[new].sum())
     return count, size
 
 
-def _names(run: MonthRun, file: str) -> Iterator[pa.RecordBatch]:
-    return read_columns(run.storage, file, LISTING.names)
-
-
-def _hashes(batch: pa.RecordBatch) -> np.ndarray:
-    return hash64_column(pc.binary_join_element_wise(*(batch[name].cast(pa.string()) for name in LISTING.names), "\0"))
+def _images(run: MonthRun, file: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for batch in read_columns(run.storage, file, LISTING.names):
+        yield hash64_column(joined(batch)), batch["size"].to_numpy()
 
 
 def work(month: Delivery) -> list[Work]:

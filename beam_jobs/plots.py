@@ -14,6 +14,7 @@ import matplotlib
 import matplotlib.axis
 import matplotlib.ticker
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
@@ -37,7 +38,7 @@ _INCHES = 5.0
 Interval = tuple[float | None, float | None, float | None]  # a value, and the ends of its interval
 
 
-def reliability(bins: dict[str, list[list[float]]], told: str) -> str:
+def reliability(bins: dict[str, list[list[float]]], told: str) -> Markup:
     """Predicted against actual click rate of up to two models, on logarithmic axes.
 
     Args:
@@ -64,7 +65,7 @@ def reliability(bins: dict[str, list[list[float]]], told: str) -> str:
     return _svg("reliability", told, 3.4, draw)
 
 
-def distribution(edges: np.ndarray, series: dict[str, np.ndarray], told: str) -> str:
+def distribution(edges: np.ndarray, series: dict[str, np.ndarray], told: str) -> Markup:
     """Shares of rows by probability, of up to two months: `edges` (bins + 1,), each of `series` (bins,)."""
 
     def draw(axes: Axes) -> None:
@@ -81,7 +82,7 @@ def distribution(edges: np.ndarray, series: dict[str, np.ndarray], told: str) ->
     return _svg("distribution", told, 2.8, draw)
 
 
-def intervals(name: str, labels: Sequence[str], values: Sequence[Interval | None], at: float, label: str, told: str) -> str:
+def intervals(name: str, labels: Sequence[str], values: Sequence[Interval | None], at: float, label: str, told: str) -> Markup:
     """Dots with intervals, a line each; `at` is where nothing differs: 1 for ratios, 0 for relative differences, which are shown in %."""
 
     def draw(axes: Axes) -> None:
@@ -100,7 +101,7 @@ def intervals(name: str, labels: Sequence[str], values: Sequence[Interval | None
     return _svg(name, told, 0.9 + 0.3 * len(labels), draw)
 
 
-def over_time(months: Sequence[str], values: Sequence[Interval], at: float, label: str, told: str) -> str:
+def over_time(months: Sequence[str], values: Sequence[Interval], at: float, label: str, told: str) -> Markup:
     """One value a month, with its interval."""
 
     def draw(axes: Axes) -> None:
@@ -133,7 +134,7 @@ class Panel:
     alarm: bool
 
 
-def small_multiples(panels: Sequence[Panel], told: str) -> str:
+def small_multiples(panels: Sequence[Panel], told: str) -> Markup:
     """Last month and this one: bars by value, or a number's quantiles."""
     lines = -(-len(panels) // 2)
 
@@ -160,11 +161,11 @@ def small_multiples(panels: Sequence[Panel], told: str) -> str:
     return _page_svg("small-multiples", told, 0.5 + 1.5 * lines, draw)
 
 
-def _svg(name: str, told: str, inches: float, draw: Callable[[Axes], None]) -> str:
+def _svg(name: str, told: str, inches: float, draw: Callable[[Axes], None]) -> Markup:
     return _page_svg(name, told, inches, lambda figure: draw(figure.add_subplot()))
 
 
-def _page_svg(name: str, told: str, inches: float, draw: Callable[[Figure], None]) -> str:
+def _page_svg(name: str, told: str, inches: float, draw: Callable[[Figure], None]) -> Markup:
     """The figure as an element of a page: without fonts, sizes and names that are the page's to give."""
     out = io.StringIO()
     # A salt of its own, so that what a chart refers to has a name that no other chart on the page uses.
@@ -180,7 +181,7 @@ def _page_svg(name: str, told: str, inches: float, draw: Callable[[Figure], None
         text = text.replace(ours, page)
     view = re.search(r'viewBox="[^"]*"', text)
     assert view
-    return text.replace(text[: text.index(">") + 1], f'<svg role="img" aria-label="{html.escape(told)}" {view[0]}>', 1)
+    return Markup(text.replace(text[: text.index(">") + 1], f'<svg role="img" aria-label="{html.escape(told)}" {view[0]}>', 1))
 
 
 def _with_error(values: Sequence[Interval | None]) -> tuple[np.ndarray, np.ndarray]:

@@ -50,8 +50,8 @@ def publish(run: MonthRun) -> None:
 
 def _with_dataset(run: MonthRun, config: Config) -> MonthRun:
     """The run with the dataset that its month was last published to, unless the config names one: no table is left behind."""
-    noted = lake.publications(run.storage, run.month)
-    dataset = config.dataset or (noted[-1].dataset if noted else "") or None
+    last = lake.last_publication(run.storage, run.month)
+    dataset = config.dataset or (last.dataset if last else "") or None
     return dataclasses.replace(run, config=dataclasses.replace(config, dataset=dataset))
 
 
@@ -82,7 +82,7 @@ def rollback(config: Config, month: str, to: str | None, keep_model: bool) -> Mo
 def _make_current(run: MonthRun, back: bool = False, keep_model: bool = False) -> None:
     """Have the run published, all of its rows counted before; `back` to it, the service comes first."""
     counts = ledger.take(run)["counts"]
-    evaluation, scores = run.manifest(run.stage("evaluation"), "evaluate"), run.manifest(run.stage("scores"), "score")
+    evaluation, scores = run.manifest(run.stage("evaluation")), run.manifest(run.stage("scores"))
     current = Current(run.month, run.id)
     if moved := run.storage.read_json(f"{run.folder}/shift.json"):
         log.info("  publish: %s", moved["sentence"])

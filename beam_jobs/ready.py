@@ -1,5 +1,6 @@
 """Whether a month may begin, and whether it may go on: what was delivered is looked at before anything is built on it."""
 
+import os
 import time
 
 from beam_jobs.run import MonthRun, StageError
@@ -12,8 +13,10 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _SHOWN = 5
 
 
-class NotReadyError(RuntimeError):
+class NotReadyError(StageError):
     """The month's delivery is not complete yet; the message says what is waited for."""
+
+    status = os.EX_TEMPFAIL
 
 
 def check_delivery(storage: Storage, month: str, ready: str) -> None:
@@ -42,7 +45,7 @@ def check_rejects(run: MonthRun) -> None:
     Raises:
         StageError: more rows were rejected than `max_reject_share`; with the commonest reasons and an example of each.
     """
-    rows = run.manifest(run.stage("rows"), "ingest")
+    rows = run.manifest(run.stage("rows"))
     rejected, read = rows.counts("rejected:"), rows.count("read")
     if not rows.count("ingested"):
         raise StageError(f"no row of {run.month} was ingested, {read:,} were read; {_examples(run, rejected)}")
@@ -58,7 +61,7 @@ def _examples(run: MonthRun, rejected: dict[str, int]) -> str:
     """The commonest reasons, each with a rejected row."""
     commonest = sorted(rejected, key=lambda reason: (-rejected[reason], reason))[:_SHOWN]
     found: dict[str, str] = {}
-    for receipt in run.manifest(run.stage("rows"), "ingest").receipts:
+    for receipt in run.manifest(run.stage("rows")).receipts:
         if receipt.unit.startswith("shard/") or not receipt.file or set(found) >= set(commonest):
             continue
         for batch in read_parquet(run.storage, receipt.file, REJECTS.names):

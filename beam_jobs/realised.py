@@ -10,7 +10,6 @@ import collections
 import dataclasses
 import datetime
 import functools
-import json
 import math
 import statistics as numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,11 +21,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_jobs import drift, statistics
-from beam_jobs.arrow import Repartition, ShardPair, pair_shards, read_table, shards_for
+from beam_jobs.arrow import ShardPair, pair_shards, read_table, shards_for
 from beam_jobs.duplicates import shard_of_key
-from beam_jobs.evaluate import segments_of
+from beam_jobs.evaluate import ranker_of, segments_of
 from beam_jobs.run import AlarmError, MonthRun
-from beam_jobs.workers import Listed
+from beam_jobs.workers import read_by_shard
 from model import gate, registry
 from model.evaluation import OVERALL, Evaluation, Segment, Slice, clusters_of, evaluate, log_ratio, merged, quality
 from model.features import MONTH, outcomes
@@ -63,24 +62,15 @@ class Part:
 
 def define_pipeline(root: beam.Pipeline, run: MonthRun, month: str, id: str, segments: frozenset[Segment]) -> None:
     """This month's outcomes and last month's scores, by key → sums of metrics → the verdict."""
-    scores = run.manifest(lake.stage_folder("scores", month, id), "score")
+    scores = run.manifest(lake.stage_folder("scores", month, id))
     shards = shards_for(scores.rows)
-    by_key = functools.partial(shard_of_key, shards=shards)
     judged = functools.partial(judge_pair, run=run, ranker=scores.info["ranker"], segments=segments)
-    sides: dict[str, tuple[Callable[[], list[str]], Callable[[str], Iterator[pa.RecordBatch]]]] = {
-        "Outcomes": (functools.partial(_files, run, "rows", run.month, run.id), functools.partial(read_outcomes, run)),
-        "Scores": (functools.partial(_files, run, "scores", month, id), functools.partial(read_columns, run.storage, columns=_SCORES)),
-    }
-    outcomes_, scored = (
-        root
-        | f"{name}Files" >> Listed(files, str)
-        | f"Spread{name}" >> beam.Reshuffle()
-        | f"Read{name}" >> beam.FlatMap(read).with_output_types(pa.RecordBatch)
-        | f"Shard{name}" >> Repartition(run.storage, run.spill, shards, by_key, unit_rows=None)
-        for name, (files, read) in sides.items()
-    )
+    rows_of, scores_of = functools.partial(_files, run, "rows", run.month, run.id), functools.partial(_files, run, "scores", month, id)
+    read_scores = functools.partial(read_columns, run.storage, columns=_SCORES)
+    happened = read_by_shard(root, "Outcomes", run, rows_of, functools.partial(read_outcomes, run), shards, shard_of_key)
+    scored = read_by_shard(root, "Scores", run, scores_of, read_scores, shards, shard_of_key)
     _ = (
-        pair_shards(outcomes_, scored)
+        pair_shards(happened, scored)
         | "Judge" >> beam.Map(judged).with_output_types(tuple[int, Part])
         | "GroupSome" >> beam.GroupByKey()
         | "MergeSome" >> beam.MapTuple(lambda _, parts: merge_parts(parts)).with_output_types(Part)
@@ -90,7 +80,7 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun, month: str, id: str, seg
 
 
 def _files(run: MonthRun, stage: str, month: str, id: str) -> list[str]:
-    receipts = run.manifest(lake.stage_folder(stage, month, id), "ingest" if stage == "rows" else "score").receipts
+    receipts = run.manifest(lake.stage_folder(stage, month, id)).receipts
     return [receipt.file for receipt in receipts if receipt.file and receipt.unit.startswith("shard/")]
 
 
@@ -110,7 +100,7 @@ def judge_pair(pair: ShardPair, run: MonthRun, ranker: str, segments: frozenset[
     rows = read_table(run.storage, pair.left).combine_chunks()
     schema = pa.schema([tables.schema("scores").field(name) for name in _SCORES])
     scores = read_table(run.storage, pair.right, schema)
-    effect = functools.partial(position_effect, _ranker(run, ranker), run.contract)
+    effect = functools.partial(position_effect, ranker_of(run, ranker), run.contract)
     evaluation, unmatched = judge(rows, scores, run.contract, effect, segments)
     return pair.shard // _PARTS_MERGED, Part(pair.shard, evaluation, unmatched)
 
@@ -127,7 +117,7 @@ def judge(
     found = scores.take(at.drop_null()).combine_chunks()
     p = found["p_click"].to_numpy()
     moved = probabilities(np.log(p) - np.log1p(-p) + effect(_positions(known, contract)))
-    clusters = clusters_of(pa.record_batch({"key": known["key"], "creative": _one_chunk(found["creative"])}))
+    clusters = clusters_of(pa.record_batch({"key": known["key"], "creative": found["creative"].combine_chunks()}))
     slices = {segment: at for segment, at in segments_of(known, contract) if segment in segments}
     evaluation = evaluate(clicks[matched], impressions[matched], {MODEL: moved}, clusters, slices)
     unmatched: dict[Segment, tuple[float, float, float]] = {}
@@ -166,13 +156,13 @@ def decide(parts: Sequence[Part], run: MonthRun, month: str, id: str) -> Manifes
     part = merge_parts(parts) if parts else Part(0, Evaluation((MODEL,), {}), {})
     document = {"month": month, "run": id, **ruled(part, run.config.monitor_warn, run.config.monitor_scratch, run.config.monitor_abort)}
     of_month, of_judged = (datetime.date.fromisoformat(f"{name}-01") for name in (month, run.month))
-    ranker = run.manifest(lake.stage_folder("scores", month, id), "score").info["ranker"]
+    ranker = run.manifest(lake.stage_folder("scores", month, id)).info["ranker"]
     same = {"month": of_month, "run_id": id, "kind": "realised", "judged_month": of_judged}
     rows = quality(part.evaluation, same, {MODEL: ranker})
     written = write_parquet(run.storage, run.stage(FOLDER), "quality", [rows] if len(rows) else [])
     manifest = lake.commit(run.storage, run.stage(FOLDER), Manifest(FOLDER, (written,), {"month": month, "run": id}))
     # Last, since it is what makes the stage complete.
-    run.storage.write(_file(run), json.dumps(document, indent=1).encode())
+    run.storage.write_json(_file(run), document)
     return manifest
 
 
@@ -235,7 +225,7 @@ def execute(run: MonthRun, launch: Callable[..., None]) -> None:
     else:
         document = {"month": month or None, "run": id or None, **ruled(Part(0, Evaluation((MODEL,), {}), {}), 1, 1, 1)}
         why = "the month has no outcomes" if made else "no run of last month can be judged"
-        run.storage.write(_file(run), json.dumps({**document, "verdict": why}, indent=1).encode())
+        run.storage.write_json(_file(run), {**document, "verdict": why})
     check(run)
 
 
@@ -273,10 +263,6 @@ def _positions(batch: pa.RecordBatch, contract: Contract) -> np.ndarray:
     return batch[contract.position.name].cast(pa.float64()).to_numpy(zero_copy_only=False)
 
 
-def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
-    return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-
-
 def _row(segment: str, value: str | None, found: Slice) -> dict[str, Any]:
     metrics = found.metrics(0)
     short = {"normalized_entropy": "ne", "calibration": "calibration"}
@@ -298,8 +284,3 @@ def _off(found: Slice, level: float) -> tuple[float, float]:
 
 def _number(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.3f}"
-
-
-@functools.lru_cache(2)
-def _ranker(run: MonthRun, version: str) -> Any:
-    return registry.load(run.storage, "ranker", version)

@@ -10,15 +10,14 @@ import base64
 import dataclasses
 import datetime
 import hashlib
-import json
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 from beam_jobs.config import Config
 from beam_jobs.run import MonthRun, StageError, kept
+from beam_jobs.runs import find
 from schemas import lake
-from schemas.storage import Storage
+from schemas.storage import Storage, open_storage
 
 PUBLISHED, KEPT, REPLACED, STOPPED, UNFINISHED = "published", "kept", "replaced", "stopped", "unfinished"
 INDEX = "runs/index.html"
@@ -53,11 +52,6 @@ class Summary:
     alarms: list[str]
     numbers: list[Number]
 
-    @classmethod
-    def of(cls, told: Mapping[str, Any]) -> "Summary":
-        """From `report.json`."""
-        return cls(**{**told, "numbers": [Number(**number) for number in told["numbers"]]})
-
 
 def of_run(config: Config, id: str) -> MonthRun:
     """The run of that id, of whatever month.
@@ -65,9 +59,6 @@ def of_run(config: Config, id: str) -> MonthRun:
     Raises:
         StageError: there is none, or it was removed.
     """
-    from beam_jobs.runs import find
-    from schemas.storage import open_storage
-
     found = find(open_storage(config.lake), id)
     return kept(config, found.month, found.id)
 
@@ -75,7 +66,7 @@ def of_run(config: Config, id: str) -> MonthRun:
 def read(storage: Storage, month: str, id: str) -> Summary | None:
     """What the last page of a run said in short; None while there is no page."""
     told = storage.read_json(f"{lake.run_folder(month, id)}/report.json")
-    return Summary.of(told) if told else None
+    return Summary(**{**told, "numbers": [Number(**number) for number in told["numbers"]]}) if told else None
 
 
 def write(run: MonthRun) -> Summary:
@@ -85,7 +76,7 @@ def write(run: MonthRun) -> Summary:
     status, sentence = verdict(run)
     page = collect(run, status, sentence)
     run.storage.write(f"{run.folder}/report.html", _rendered("report.html", page=page).encode())
-    run.storage.write(f"{run.folder}/report.json", json.dumps(dataclasses.asdict(page["summary"]), indent=1).encode())
+    run.storage.write_json(f"{run.folder}/report.json", dataclasses.asdict(page["summary"]))
     write_index(run.storage)
     return page["summary"]
 
@@ -102,7 +93,7 @@ def refresh(run: MonthRun) -> None:
 def stopped(run: MonthRun, stage: str, error: StageError) -> Summary:
     """Note that a stage stopped the month, and why, and make the page that says so."""
     told = {"stage": stage, "why": str(error), "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")}
-    run.storage.write(f"{run.folder}/stopped.json", json.dumps(told, indent=1).encode())
+    run.storage.write_json(f"{run.folder}/stopped.json", told)
     return write(run)
 
 
@@ -124,7 +115,7 @@ def verdict(run: MonthRun) -> tuple[str, str]:
         return UNFINISHED, f"{run.month} is not published yet by this run; `adstocrat month {run.month}` goes on with it."
     if noted[-1].run != run.id:
         return REPLACED, f"{run.month} was published by this run on {ours[-1].published[:10]}, and later by {noted[-1].run}."
-    ads, info = f"{ours[-1].rows:,} ads", run.manifest(run.stage("evaluation"), "evaluate").info
+    ads, info = f"{ours[-1].rows:,} ads", run.manifest(run.stage("evaluation")).info
     if not info["promoted"]:
         why = _sentence(info["why"], "; the champion stays")
         return KEPT, f"{run.month} is published: {ads} are scored by the champion, which was kept because {why}."

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow.compute as pc
-from markupsafe import Markup
 
 from beam_jobs import ledger, plots, report_scores
 from beam_jobs import report_sections as sections
 from beam_jobs.drift import headlines
+from beam_jobs.join import INDEX
 from beam_jobs.report import PUBLISHED, REPLACED, STOPPED, UNFINISHED, Number, Summary, read
 from beam_jobs.report_scores import EXAMPLES, LOW_EVIDENCE, Month
 from beam_jobs.report_sections import TABLE_LINES, Cell, Chart, Table, number
@@ -24,8 +24,6 @@ from schemas import lake
 from schemas.lake import Current, Manifest
 from schemas.parquet import read_columns
 from schemas.storage import Storage
-
-INDEX = ["image", "creative", "image_status"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +43,7 @@ class _Left:
     def of(cls, run: MonthRun) -> "_Left":
         stages = ("rows", "creatives/packs", "creatives", "evaluation", "scores", "lookup")
         folders = (run.stage("creatives") + "/packs" if stage.endswith("/packs") else run.stage(stage) for stage in stages)
-        inputs = run.storage.read_json(f"{run.folder}/inputs.json")
-        return cls(run, inputs, *(lake.read_manifest(run.storage, folder) for folder in folders))
+        return cls(run, run.inputs, *(lake.read_manifest(run.storage, folder) for folder in folders))
 
 
 def collect(run: MonthRun, status: str, verdict: str) -> dict[str, Any]:
@@ -81,9 +78,9 @@ def collect(run: MonthRun, status: str, verdict: str) -> dict[str, Any]:
 
 def _before(run: MonthRun) -> Month | None:
     """The scores that the month before was last published with; None where there are none, or they were removed."""
-    noted = lake.publications(run.storage, lake.month_after(run.month, -1))
+    last = lake.last_publication(run.storage, lake.month_after(run.month, -1))
     try:
-        found = report_scores.read(kept(run.config, noted[-1].month, noted[-1].run)) if noted else None
+        found = report_scores.read(kept(run.config, last.month, last.run), missing_images=False) if last else None
     except StageError:
         return None
     return found and found[0]
@@ -91,8 +88,8 @@ def _before(run: MonthRun) -> Month | None:
 
 def _statistics(run: MonthRun, previous: str | None) -> list[dict]:
     """What is known of the columns, of the month that was compared with and of this one."""
-    noted = lake.publications(run.storage, previous) if previous else []
-    runs = [(noted[-1].month, noted[-1].run) if noted else ("", ""), (run.month, run.id)]
+    last = lake.last_publication(run.storage, previous) if previous else None
+    runs = [(last.month, last.run) if last else ("", ""), (run.month, run.id)]
     return [sections.statistics(run.storage, run.contract, *which) for which in runs]
 
 
@@ -164,7 +161,7 @@ def _faults(left: _Left, scored: Month | None) -> dict | None:
         for status in sorted({*images, *ads}, key=lambda status: (status != OK, -ads.get(status, 0)))
     ]
     examples, shown = [], Counter[str]()
-    for batch in (batch for file in left.images.files for batch in read_columns(left.run.storage, file, INDEX)):
+    for batch in (batch for file in left.images.files for batch in read_columns(left.run.storage, file, INDEX.names)):
         for row in batch.filter(pc.not_equal(batch["image_status"], OK)).to_pylist():
             shown[row["image_status"]] += 1
             if shown[row["image_status"]] <= EXAMPLES:
@@ -273,8 +270,7 @@ def index(storage: Storage) -> dict:
         values = [sections.ends(judged[month], name) for month in months]
         told = f"Realised {label} by month, with 95 % intervals: what was published, judged by the outcomes that came a month later."
         cells = [[Cell(month), sections.interval(judged[month], name, ".4f")] for month in months]
-        charts.append(
-            Chart(Markup(plots.over_time(months, values, 1.0, label, told)), told, Table(f"Realised {label}", ("month", label), cells))
-        )
+        numbers = Table(f"Realised {label}", ("month", label), cells)
+        charts.append(Chart(plots.over_time(months, values, 1.0, label, told), told, numbers))
     told = f"Current is {current.month}, run {current.run}." if current else "Nothing is published yet."
     return {"told": told, "status": PUBLISHED if current else UNFINISHED, "runs": Table("All runs", names, lines), "charts": charts}

@@ -92,12 +92,12 @@ def grouping(contract: Contract) -> list[str]:
     return (tagged or plain)[:_GROUPS]
 
 
-def read(run: MonthRun, before: Month | None = None) -> tuple[Month, Moved | None] | None:
+def read(run: MonthRun, before: Month | None = None, missing_images: bool = True) -> tuple[Month, Moved | None] | None:
     """A run's scores, against those of the month before; None where they are not there, whole."""
     scores, rows = (lake.read_manifest(run.storage, run.stage(stage)) for stage in ("scores", "rows"))
     if not scores or not scores.rows:
         return None
-    columns, image = grouping(run.contract), run.contract.image
+    columns, image = grouping(run.contract), run.contract.image if missing_images else None
     # The same share in both months, and by the larger: what is held of one is looked for in the other.
     step = max(before.step if before else 1, -(-scores.rows // _KEYS_HELD))
     total, histogram, evidence = 0.0, np.zeros(len(EDGES) - 1, np.int64), np.zeros((3, 3))

@@ -104,7 +104,7 @@ def gate(storage: Storage, evaluation: Manifest) -> dict:
         told = "Normalized entropy of the candidate by segment, with 95 % intervals; below 1 it is better than the mean click rate."
     if shown:
         svg = plots.intervals("gate", [named(*key) for key in shown], values, at, label, told)
-        charts.append(Chart(Markup(svg), told, None))
+        charts.append(Chart(svg, told, None))
     if bins := {name: found for name in (CANDIDATE, CHAMPION) if (found := info.get("reliability", {}).get(name))}:
         told = "Reliability on the gate rows: predicted and actual click rate in bins of equal impressions, on the dashed line where they "
         told += "agree. Whiskers: 95 %, by the number of clicks alone."
@@ -114,7 +114,7 @@ def gate(storage: Storage, evaluation: Manifest) -> dict:
             for shown, clicks, predicted in found
         ]
         numbers = Table("Reliability", ("model", "impressions", "predicted", "actual"), cells)
-        charts.append(Chart(Markup(plots.reliability(bins, told)), told, numbers))
+        charts.append(Chart(plots.reliability(bins, told), told, numbers))
     return {"why": info["why"], "charts": charts, "table": Table("Gate rows by segment", columns, lines)}
 
 
@@ -129,7 +129,7 @@ def distribution(scored: Month, before: Month | None) -> Chart:
         [number(EDGES[5 * i], ".3%"), number(EDGES[5 * i + 5], ".3%"), *(number(counts[i]) for counts in coarse.values())] for i in there
     ]
     table = Table("Ads by p_click", ("from", "to", *coarse), cells)
-    return Chart(Markup(plots.distribution(EDGES, {month.month: month.histogram for month in months}, told)), told, table)
+    return Chart(plots.distribution(EDGES, {month.month: month.histogram for month in months}, told), told, table)
 
 
 def moved(moved: Moved, before: Month) -> dict:
@@ -234,7 +234,7 @@ def drift(drift: Mapping[str, Any], last: Mapping, this: Mapping) -> dict:
     )
     told += "An alarm has an exclamation mark."
     numbers = Table("Both months", ("of", "value", "last", "this"), lines)
-    chart = Chart(Markup(plots.small_multiples(drawn, told)), told, numbers) if drawn else None
+    chart = Chart(plots.small_multiples(drawn, told), told, numbers) if drawn else None
     first = Table(f"Compared with {last_month}", columns, cells[:_FIRST])
     rest = Table(f"Compared with {last_month}, the rest", columns, cells[_FIRST:])
     return {"chart": chart, "table": first, "rest": rest if rest.rows else None}
@@ -260,7 +260,6 @@ def realised(realised: Mapping[str, Any]) -> dict:
     values = [ends(row, "calibration") for row in shown]
     text = "Calibration, predicted over actual clicks, by segment, with 95 % intervals; at 1 they agree."
     names = [named(row["segment"], row["value"]) for row in shown]
-    svg = plots.intervals("realised", names, values, 1.0, "calibration", text) if shown else ""
     columns = ("segment", "impressions", "clicks", "normalized entropy", "calibration")
-    chart = Chart(Markup(svg), text, None) if svg else None
+    chart = Chart(plots.intervals("realised", names, values, 1.0, "calibration", text), text, None) if shown else None
     return {"told": told, "chart": chart, "table": Table("By segment", columns, lines)}

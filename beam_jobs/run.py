@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 
 from beam_jobs.config import ALARMS, Config, ConfigError, suggestion
 from model import registry
+from model.gate import CHAMPION, EARLIER_CHAMPION
 from schemas import contract as contracts
 from schemas import lake
 from schemas.contract import Contract, ContractError
@@ -33,6 +34,8 @@ log = logging.getLogger("adstocrat")
 
 PACKAGES = ("schemas", "model", "beam_jobs", "serving")
 _EARLIER_MONTHS = 6
+# The stages whose folders are not called as they are.
+_MADE_BY = {"rows": "ingest", "embeddings": "embed", "ranker": "train", "evaluation": "evaluate", "scores": "score"}
 LISTING = pa.schema([("image", pa.string()), ("size", pa.int64()), ("crc32c", pa.string())])
 
 
@@ -92,10 +95,14 @@ class MonthRun:
         return lake.run_folder(self.month, self.id)
 
     @property
+    def inputs(self) -> dict[str, Any]:
+        """What goes into it, as the lake has it: a job carries the run in each of its steps, and there may be many files."""
+        return self.storage.read_json(f"{self.folder}/inputs.json")
+
+    @property
     def ads(self) -> tuple[Entry, ...]:
-        """The month's CSV files, as its inputs list them: a job carries the run in each of its steps, and there may be many files."""
-        listed = self.storage.read_json(f"{self.folder}/inputs.json")["ads"]
-        return tuple(Entry(lake.raw_ads(self.month) + name, size, checksum) for name, size, checksum in listed)
+        """The month's CSV files."""
+        return tuple(Entry(lake.raw_ads(self.month) + name, size, checksum) for name, size, checksum in self.inputs["ads"])
 
     @property
     def window(self) -> tuple[tuple[str, str], ...]:
@@ -113,6 +120,11 @@ class MonthRun:
         return self.known_encoder or self.version
 
     @property
+    def candidate(self) -> Champion:
+        """The pair of models that it makes."""
+        return Champion(self.encoder, self.version, self.month, self.id)
+
+    @property
     def spill(self) -> str:
         """Where this launch spills what it brings together; two launches of one run never touch each other's."""
         return f"spill/{self.launch}"
@@ -120,7 +132,7 @@ class MonthRun:
     def stage(self, stage: str) -> str:
         return lake.stage_folder(stage, self.month, self.id)
 
-    def manifest(self, folder: str, made_by: str) -> Manifest:
+    def manifest(self, folder: str) -> Manifest:
         """A manifest that an earlier stage must have left.
 
         Raises:
@@ -128,8 +140,17 @@ class MonthRun:
         """
         manifest = lake.read_manifest(self.storage, folder)
         if manifest is None:
+            kind = folder.removeprefix("models/").partition("/")[0]
+            made_by = _MADE_BY.get(kind, kind)
             raise StageError(f"{self.storage.url(folder)} is not complete; run `adstocrat {made_by} {self.month}` first")
         return manifest
+
+    def peers(self) -> dict[str, Champion]:
+        """Published pairs that can score the month's rows, by what they are to the candidate; one of another contract or format cannot."""
+        named = {CHAMPION: self.champion, EARLIER_CHAMPION: self.earlier_champion}
+        made = {name: registry.manifest(self.storage, "ranker", pair.ranker).info for name, pair in named.items() if pair}
+        wanted = (self.contract.fingerprint, registry.FORMAT)
+        return {name: pair for name, pair in named.items() if pair and (made[name]["contract"], made[name].get("format")) == wanted}
 
 
 def prepare(config: Config, month: str, contract: Contract | None = None) -> MonthRun:
@@ -210,8 +231,8 @@ def kept(config: Config, month: str, id: str) -> MonthRun:
 
 def published_contract(config: Config, month: str) -> Contract | None:
     """The contract that the month was last published with, where the settings name none; None where it never was. Raises as `kept`."""
-    noted = lake.publications(open_storage(config.lake), month)
-    return kept(config, month, noted[-1].run).contract if noted and not config.contract else None
+    last = lake.last_publication(open_storage(config.lake), month)
+    return kept(config, month, last.run).contract if last and not config.contract else None
 
 
 def _images(storage: Storage, prefix: str) -> pa.Table:
@@ -234,18 +255,17 @@ def _is_text(name: str) -> bool:
     return True
 
 
+def joined(listing: Any, *names: str) -> Any:
+    """What columns of a `LISTING`, all of them unless some are named, say of each image, as one text."""
+    return pc.binary_join_element_wise(*(listing[name].cast(pa.string()) for name in names or LISTING.names), "\0")
+
+
 def _digest_of(listing: pa.Table) -> str:
     """As `_digest`, of many rows."""
     digest = hashlib.sha256()
     for batch in listing.to_batches(BATCH_ROWS):
-        rows = pc.binary_join_element_wise(batch["image"], batch["size"].cast(pa.string()), batch["crc32c"], "\0")
-        digest.update("".join(f"{row}\n" for row in rows.to_pylist()).encode())
+        digest.update("".join(f"{row}\n" for row in joined(batch).to_pylist()).encode())
     return digest.hexdigest()[:16]
-
-
-def listing_file(run: MonthRun) -> str:
-    """The Parquet file that lists the month's images, as `LISTING`."""
-    return run.storage.read_json(f"{run.folder}/inputs.json")["listing"]
 
 
 def champion_before(storage: Storage, month: str) -> Champion | None:
@@ -323,12 +343,10 @@ def _published_window(storage: Storage, contract: Contract, config: Config, mont
     """The run last published of each earlier month of the window, of those whose rows have this contract."""
     window = []
     for earlier in (lake.month_after(month, -back) for back in range(config.window_months - 1, 0, -1)):
-        published = lake.publications(storage, earlier)
-        readable = [note.run for note in published if note.contract == contract.fingerprint]
-        if readable:
-            window.append((earlier, readable[-1]))
-        elif published:
-            log.info("%s is left out of training: its run %s has another contract", earlier, published[-1].run)
+        if readable := lake.last_publication(storage, earlier, contract.fingerprint):
+            window.append((earlier, readable.run))
+        elif other := lake.last_publication(storage, earlier):
+            log.info("%s is left out of training: its run %s has another contract", earlier, other.run)
     return tuple(window)
 
 

@@ -30,7 +30,6 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun, evaluation: Manifest) ->
     _ = (
         root
         | "Units" >> Listed(lambda: month_rows(run, run.month, run.id, encoder).units, Receipt)
-        | "SpreadUnits" >> beam.Reshuffle()
         | "Join" >> beam.FlatMap(functools.partial(read_unit, run, encoder)).with_output_types(Named)
         | "Score" >> RunInference(RankerHandler(run.storage, ranker, carried, encoder)).with_output_types(Named)
         | "Label" >> beam.MapTuple(functools.partial(label, run, encoder, ranker)).with_output_types(Named)

@@ -1,6 +1,5 @@
 """Why the mean probability is not what it was last month: how much is the mix of ads, and how much the model."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,13 +20,13 @@ _FILES, _ROWS = 32, 4_096
 
 def explain(run: MonthRun) -> None:
     """Write `shift.json`: the means of both months, and of last month's model on this month's rows; empty where that cannot be told."""
-    run.storage.write(f"{run.folder}/shift.json", json.dumps(_told(run), indent=1).encode())
+    run.storage.write_json(f"{run.folder}/shift.json", _told(run))
 
 
 def _told(run: MonthRun) -> dict[str, Any]:
     month, id = drift.previous(run)
     old = lake.read_manifest(run.storage, lake.stage_folder("scores", month, id)) if month else None
-    new = run.manifest(run.stage("scores"), "score")
+    new = run.manifest(run.stage("scores"))
     if old is None:
         return {}
     before, now = _mean(run, old), _mean(run, new)

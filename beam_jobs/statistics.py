@@ -265,12 +265,10 @@ def merge(run: MonthRun) -> Sketches:
     """Bring the units' sketches of the run together, unless that is done, and write them and the proto."""
     folder = run.stage(FOLDER)
     if not run.storage.names(f"{folder}/{PROTO}"):
-        stages = (("rows", "ingest"), ("creatives", "creatives"))
-        files = [
-            r.file for stage, made_by in stages for r in run.manifest(run.stage(stage), made_by).receipts if not r.unit.startswith("file/")
-        ]
+        told = [receipt for stage in ("rows", "creatives") for receipt in run.manifest(run.stage(stage)).receipts]
+        files = [receipt.file for receipt in told if receipt.file and not receipt.unit.startswith("file/")]
         with ThreadPoolExecutor(run.config.fetch_threads) as pool:
-            sketches = merged(pool.map(functools.partial(read, run.storage), [unit_file(file) for file in files if file]))
+            sketches = merged(pool.map(functools.partial(read, run.storage), map(unit_file, files)))
         write(run.storage, f"{folder}/{SKETCHES}", sketches)
         run.storage.write(f"{folder}/{PROTO}", to_proto(sketches, run.contract).SerializeToString())
     return of_run(run.storage, run.month, run.id)

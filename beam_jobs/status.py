@@ -78,7 +78,7 @@ def _run_of(told: Publication | Current | Champion | None) -> tuple[str, str] | 
 def _newest(storage: Storage) -> Publication | None:
     """The last publication of the newest month that has one."""
     months = [name.split("/")[1] for name in storage.names("publish/") if name.endswith(".json")]
-    return lake.publications(storage, max(months))[-1] if months else None
+    return lake.last_publication(storage, max(months)) if months else None
 
 
 def _bigquery(config: Config, noted: Publication | None) -> Said:

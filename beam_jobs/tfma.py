@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 
 import beam_jobs.arrow  # noqa: F401  the coder of batches
 from beam_jobs.evaluate import Plan, Unit, define_plan, judged_pairs, predicted
-from beam_jobs.pairs import peers
 from beam_jobs.run import MonthRun
 from model.gate import BASE_RATE
 
@@ -62,8 +61,8 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun, folder: str) -> None:
     """The run's gate rows → its metrics of every model, overall and by segment, in a folder."""
     units, plan = define_plan(root, run)
     examples = units | "Predict" >> beam.FlatMap(read_examples, run, beam.pvalue.AsSingleton(plan)).with_output_types(pa.RecordBatch)
-    judged = run.manifest(run.stage("evaluation"), "evaluate").info["metrics"]
-    write(examples, list(judged) or [BASE_RATE, *peers(run)], [column.name for column in run.contract.segments], folder)
+    judged = run.manifest(run.stage("evaluation")).info["metrics"]
+    write(examples, list(judged) or [BASE_RATE, *run.peers()], [column.name for column in run.contract.segments], folder)
 
 
 def read_examples(unit: Unit, run: MonthRun, plan: Plan) -> Iterator[pa.RecordBatch]:

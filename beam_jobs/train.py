@@ -21,10 +21,10 @@ import pyarrow.compute as pc
 
 from beam_jobs.creatives import pack_files
 from beam_jobs.join import examples, month_rows
-from beam_jobs.pairs import CHAMPION, peers
 from beam_jobs.run import MonthRun, StageError, source_digest
 from beam_jobs.workers import Listed, gpu_hints, on_gpu
 from model import golden, registry
+from model.gate import CHAMPION
 from model.kept import read_once
 from model.leakage import LeakageError
 from model.seen import among
@@ -60,14 +60,14 @@ def train_encoder(run: MonthRun) -> Manifest:
                 functools.partial(thumbnails, run),
                 run.contract,
                 run.config.seed,
-                pathlib.Path(folder),
+                folder,
                 lambda line: log.info("  encoder: %s", line),
                 backbone=backbone,
             ),
         )
         if summary["mode"] == "none" and run.champion:
             # Rows are embedded and scored all the same, by the champion: this is its encoder once more.
-            registry.fetch(run.storage, "encoder", run.champion.encoder, pathlib.Path(folder))
+            registry.fetch(run.storage, "encoder", run.champion.encoder, folder)
         return _commit(run, "encoder", folder, {"training": summary})
 
 
@@ -94,24 +94,24 @@ def train_ranker(run: MonthRun) -> Manifest:
     with registry.local_folder() as folder, registry.local_folder() as parent, once as rows:
         from_champion = run.champion and registry.manifest(run.storage, "ranker", run.champion.ranker).info.get("format") == registry.FORMAT
         if run.champion and from_champion:
-            registry.fetch(run.storage, "ranker", run.champion.ranker, pathlib.Path(parent))
+            registry.fetch(run.storage, "ranker", run.champion.ranker, parent)
         summary = _learnt(
             run,
             lambda: training.train_ranker(
                 rows,
                 run.contract,
                 run.config.seed,
-                pathlib.Path(folder),
+                folder,
                 encoder,
                 digest,
-                pathlib.Path(parent) if from_champion else None,
+                parent if from_champion else None,
                 lambda line: log.info("  train: %s", line),
                 training.Settings(negatives=run.config.train_negatives),
                 run.config.train_mode,
             ),
         )
         if summary["mode"] != "none":
-            golden.write(pathlib.Path(folder), examples(run, encoder, 0))
+            golden.write(folder, examples(run, encoder, 0))
         champion = run.champion and dataclasses.asdict(run.champion)
         return _commit(run, "ranker", folder, {"training": summary, "parent": champion, "encoder": encoder, "encoder_digest": digest})
 
@@ -135,17 +135,17 @@ def _learnt(run: MonthRun, train: Callable[[], dict[str, Any]]) -> dict[str, Any
         return train()
     except NothingToLearnError as error:
         why = f"nothing could be learnt from {', '.join(month for month, _ in run.window)}: {error}"
-        if CHAMPION in peers(run):
+        if CHAMPION in run.peers():
             return {"mode": "none", "why": why, "rows": 0, "clicks": 0, "impressions": 0}
         raise StageError(why) from error
     except LeakageError as error:
         raise StageError(f"nothing is trained on {', '.join(month for month, _ in run.window)}: {error}") from error
 
 
-def _commit(run: MonthRun, kind: str, folder: str, info: dict[str, Any]) -> Manifest:
-    (pathlib.Path(folder) / "contract.pbtxt").write_text(contracts.dumps(run.contract))
+def _commit(run: MonthRun, kind: str, folder: pathlib.Path, info: dict[str, Any]) -> Manifest:
+    (folder / "contract.pbtxt").write_text(contracts.dumps(run.contract))
     info |= {"month": run.month, "run": run.id, "contract": run.contract.fingerprint, "window": run.window, "source": source_digest()}
     info["format"] = registry.FORMAT
     info |= {"settings": run.config.affecting_model(), "packages": registry.packages()}
-    receipts, info = registry.save(run.storage, kind, run.version, pathlib.Path(folder), info)
+    receipts, info = registry.save(run.storage, kind, run.version, folder, info)
     return lake.commit(run.storage, lake.model_folder(kind, run.version), Manifest(kind, tuple(receipts), info))

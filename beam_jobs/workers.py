@@ -9,10 +9,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import apache_beam as beam
+import numpy as np
+import pyarrow as pa
 from apache_beam.options.pipeline_options import DebugOptions, PipelineOptions, StandardOptions, WorkerOptions
 
+from beam_jobs.arrow import Repartition
 from beam_jobs.config import Config
-from beam_jobs.run import StageError, source_digest
+from beam_jobs.run import MonthRun, StageError, source_digest
 
 # Beam's own flags, where they are not given.
 _DEFAULTS = {
@@ -83,9 +86,10 @@ def _make_sure_of_gpu() -> None:
 
 @dataclasses.dataclass(eq=False)
 class Listed(beam.PTransform):
-    """Where a pipeline begins: what there is to do, PBegin → PCollection[kind], listed on a worker and not carried by the job's graph.
+    """Where a pipeline begins: what there is to do, PBegin → PCollection[kind], listed on a worker and spread over all of them.
 
-    A graph may have 10 MB; the units of a billion rows in three months, or the packs of 100 M creatives, have more.
+    A job's graph could not carry it: that may have 10 MB; the units of a billion rows in three months, or the packs of 100 M creatives,
+    have more.
 
     Attributes:
         make: lists it, from the lake's manifests.
@@ -96,8 +100,8 @@ class Listed(beam.PTransform):
     kind: Any
 
     def expand(self, root: Any) -> beam.PCollection:
-        source = source_digest()
-        return root | beam.Impulse() | "List" >> beam.FlatMap(_listed, source, self.make).with_output_types(self.kind)
+        listed = root | beam.Impulse() | "List" >> beam.FlatMap(_listed, source_digest(), self.make).with_output_types(self.kind)
+        return listed | "Spread" >> beam.Reshuffle()
 
 
 def _listed(_: bytes, source: str, make: Callable[[], Iterable[Any]]) -> Iterable[Any]:
@@ -107,3 +111,22 @@ def _listed(_: bytes, source: str, make: Callable[[], Iterable[Any]]) -> Iterabl
             "launches, and name it with --sdk_container_image"
         )
     return make()
+
+
+def read_by_shard(
+    root: beam.Pipeline,
+    name: str,
+    run: MonthRun,
+    files: Callable[[], Iterable[Any]],
+    read: Callable[[Any], Iterable[pa.RecordBatch]],
+    shards: int,
+    assign: Callable[..., np.ndarray],
+    kind: Any = str,
+) -> beam.PCollection:
+    """The batches that are `read` of the lake's `files`, of type `kind`, in shards: PBegin → PCollection[Unit], one for each shard."""
+    return (
+        root
+        | f"{name}Files" >> Listed(files, kind)
+        | f"Read{name}" >> beam.FlatMap(read).with_output_types(pa.RecordBatch)
+        | f"Shard{name}" >> Repartition(run.storage, run.spill, shards, functools.partial(assign, shards=shards), unit_rows=None)
+    )

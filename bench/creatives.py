@@ -60,7 +60,7 @@ def _put_encoder(flags: argparse.Namespace, lake: str) -> str:
     from schemas.storage import open_storage
 
     run, storage = lakes.month_of(flags.encoder_lake), open_storage(lake)
-    version = run.manifest(run.stage("evaluation"), "evaluate").info["encoder"]
+    version = run.manifest(run.stage("evaluation")).info["encoder"]
     made = registry.manifest(run.storage, "encoder", version)
     for receipt in made.receipts:
         storage.write(receipt.file, run.storage.read(receipt.file))
@@ -91,7 +91,7 @@ def ours(flags: argparse.Namespace) -> Told:
         run_pipeline(lambda root: embed.define_pack_pipeline(root, run, version), [])
     embedded = clock.lap("embed")
     run.storage.delete(f"{run.spill}/")
-    found = run.manifest(run.stage("creatives") + "/packs", "creatives")
+    found = run.manifest(run.stage("creatives") + "/packs")
     start = {"imports": clock.laps["imports"], "listing": clock.laps["listing"], "model": loads["seconds"], "runner": 2 * runner}
     seconds, cpu = packs + embedded - loads["seconds"] - 2 * runner, clock.cpu["packs"] + clock.cpu["embed"] - loads["cpu"]
     return {"units": found.count("decoded"), "seconds": seconds, "cpu": cpu, "start": start, "packs": packs, "embed": embedded}
@@ -136,7 +136,7 @@ class RayEncoder:
 
         tensorflow.load()
         run = lakes.month_of(lake)
-        self._encoder = registry.load(run.storage, "encoder", run.manifest(run.stage("evaluation"), "evaluate").info["encoder"])
+        self._encoder = registry.load(run.storage, "encoder", run.manifest(run.stage("evaluation")).info["encoder"])
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {"path": batch["path"], "embedding": self._encoder.embed(np.stack(list(batch["thumbnail"])))}

@@ -37,7 +37,7 @@ def ours(flags: argparse.Namespace) -> Told:
     run_pipeline(lambda root: ingest.define_pipeline(root, run), [])
     seconds = clock.lap("stage") - runner
     run.storage.delete(f"{run.spill}/")
-    manifest = run.manifest(run.stage("rows"), "ingest")
+    manifest = run.manifest(run.stage("rows"))
     start = {"imports": clock.laps["imports"], "runner": runner}
     return {"units": manifest.count("read"), "seconds": seconds, "cpu": clock.cpu["stage"], "start": start}
 

@@ -34,7 +34,7 @@ def ours(flags: argparse.Namespace) -> Told:
     tensorflow.load()
     clock.lap("imports")
     run = lakes.month_of(flags.lake)
-    evaluation = run.manifest(run.stage("evaluation"), "evaluate")
+    evaluation = run.manifest(run.stage("evaluation"))
     shutil.rmtree(flags.lake / run.stage("scores"), ignore_errors=True)
     lakes.start_runner()
     lakes.start_runner()
@@ -42,7 +42,7 @@ def ours(flags: argparse.Namespace) -> Told:
     with lakes.loads_timed() as loads:
         run_pipeline(lambda root: score.define_pipeline(root, run, evaluation), [])
     seconds = clock.lap("stage") - loads["seconds"] - runner
-    rows = run.manifest(run.stage("scores"), "score").rows
+    rows = run.manifest(run.stage("scores")).rows
     start = {"imports": clock.laps["imports"], "model": loads["seconds"], "runner": runner}
     return {"units": rows, "seconds": seconds, "cpu": clock.cpu["stage"] - loads["cpu"], "start": start}
 
@@ -55,7 +55,7 @@ def bare(flags: argparse.Namespace) -> Told:
     tensorflow.load()
     clock.lap("imports")
     run = lakes.month_of(flags.lake)
-    info = run.manifest(run.stage("evaluation"), "evaluate").info
+    info = run.manifest(run.stage("evaluation")).info
     ranker = registry.load(run.storage, "ranker", info["ranker"])
     clock.lap("model")
     rows = sum(_scored_bare(run, info, ranker, fresh(flags.work / "bare")))
@@ -70,7 +70,7 @@ def _scored_bare(run: Any, info: Any, ranker: Any, out: pathlib.Path) -> Iterato
     root, carried = pathlib.Path(run.storage.uri), [column.name for column in run.contract.carried]
     month = pa.scalar(int(run.month[:4]) * 12 + int(run.month[5:]) - 1, pa.int32())
     index, embeddings, rows = (
-        {receipt.unit.split("/")[1]: receipt.file for receipt in run.manifest(folder, "").receipts if not receipt.unit.startswith("file/")}
+        {receipt.unit.split("/")[1]: receipt.file for receipt in run.manifest(folder).receipts if not receipt.unit.startswith("file/")}
         for folder in (run.stage("creatives"), f"embeddings/{info['encoder']}/{run.month}/{run.id}", run.stage("rows"))
     )
     for unit, file in rows.items():
@@ -132,7 +132,7 @@ def stock(flags: argparse.Namespace) -> Told:
     tensorflow.load()
     clock.lap("imports")
     run = lakes.month_of(flags.lake)
-    version = run.manifest(run.stage("evaluation"), "evaluate").info["ranker"]
+    version = run.manifest(run.stage("evaluation")).info["ranker"]
     lakes.start_runner()
     lakes.start_runner()
     runner = clock.lap("runner, twice") / 2
@@ -160,7 +160,7 @@ class RayModel:
         started = time.monotonic()
         tensorflow.load()
         run = lakes.month_of(lake)
-        self._ranker = registry.load(run.storage, "ranker", run.manifest(run.stage("evaluation"), "evaluate").info["ranker"])
+        self._ranker = registry.load(run.storage, "ranker", run.manifest(run.stage("evaluation")).info["ranker"])
         self.seconds = time.monotonic() - started
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -210,7 +210,7 @@ def lay_out(run: Any, folder: pathlib.Path, rows: int) -> None:
 
     if folder.exists():
         return
-    encoder = run.manifest(run.stage("evaluation"), "evaluate").info["encoder"]
+    encoder = run.manifest(run.stage("evaluation")).info["encoder"]
     joined, left, number = month_rows(run, run.month, run.id, encoder), rows, 0
     making = fresh(folder.with_suffix(".part"))
     for unit in joined.units:

@@ -35,7 +35,7 @@ def _train(flags: argparse.Namespace, in_memory: bool) -> Told:
     tensorflow.load()
     clock.lap("imports")
     run = lakes.month_of(flags.lake)
-    encoder = run.manifest(run.stage("evaluation"), "evaluate").info["encoder"]
+    encoder = run.manifest(run.stage("evaluation")).info["encoder"]
     told: dict[str, Any] = {"seconds": 0.0, "waited": 0.0}
 
     def descend(model: Any, batches: Callable[[int], Iterator[Any]], tune: Any, how: Any, progress: Any) -> Any:
@@ -69,7 +69,7 @@ def _train(flags: argparse.Namespace, in_memory: bool) -> Told:
             rows,
             run.contract,
             0,
-            pathlib.Path(folder),
+            folder,
             encoder,
             "",
             None,

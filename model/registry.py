@@ -1,11 +1,12 @@
 """Models in the lake: saved whole under attempt-unique names, fetched by manifest, and never loaded with a byte changed."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import pathlib
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from schemas import lake
@@ -87,16 +88,18 @@ def load(storage: Storage, kind: str, version: str) -> Any:
 
     tensorflow.load()
     with local_folder() as folder:
-        fetch(storage, kind, version, pathlib.Path(folder))
+        fetch(storage, kind, version, folder)
         if kind == "encoder":
             return Encoder(folder)
         ranker = Ranker(folder)
         # That there are some is the gate's to see.
-        if (pathlib.Path(folder) / golden.FILE).exists() and (wrong := golden.differences(ranker, pathlib.Path(folder))):
+        if (folder / golden.FILE).exists() and (wrong := golden.differences(ranker, folder)):
             raise ModelError(f"ranker {version!r} is not what it was: {wrong}; the image or the driver is not what it was trained with")
         return ranker
 
 
-def local_folder() -> "tempfile.TemporaryDirectory[str]":
+@contextlib.contextmanager
+def local_folder() -> Iterator[pathlib.Path]:
     """A local folder for a model's files; TensorFlow reads and writes nothing else."""
-    return tempfile.TemporaryDirectory(prefix="adstocrat-model-")
+    with tempfile.TemporaryDirectory(prefix="adstocrat-model-") as folder:
+        yield pathlib.Path(folder)

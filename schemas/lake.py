@@ -236,10 +236,16 @@ def publications(storage: Storage, month: str) -> list[Publication]:
     return sorted(_noted(storage, name, storage.read(name), Publication) for name in names)
 
 
+def last_publication(storage: Storage, month: str, contract: str | None = None) -> Publication | None:
+    """What is published of a month, or what was last of rows of that contract; None where nothing is."""
+    noted = [note for note in publications(storage, month) if contract in (None, note.contract)]
+    return noted[-1] if noted else None
+
+
 def note_publication(storage: Storage, publication: Publication) -> None:
     """Write down that a run was published; nothing is ever taken back, a later note outdoes an earlier one."""
     name = unique(f"publish/{publication.month}", f"{publication.published}-{publication.run}", ".json")
-    storage.write(name, json.dumps(dataclasses.asdict(publication), indent=1).encode())
+    storage.write_json(name, dataclasses.asdict(publication))
     storage.delete(differs(publication.month))
 
 

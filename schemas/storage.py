@@ -115,6 +115,10 @@ class Storage(abc.ABC):
         except FileNotFoundError:
             return None
 
+    def write_json(self, name: str, value: Any) -> None:
+        """Write what `read_json` reads."""
+        self.write(name, json.dumps(value, indent=1).encode())
+
 
 def open_storage(uri: str) -> Storage:
     """The store behind `gs://bucket[/prefix]` or a folder path.

@@ -41,31 +41,31 @@ CARRY_BATCHES = {
 # What goes through a shuffle, by pipeline: addresses, names and receipts.
 SHUFFLED = {
     "ingest": {
-        *("SpreadFiles", "GroupByFile", "ShardByImage/GroupByShard", "ShardByKey/GroupByShard", "SpreadKeys"),
+        *("Files/Spread", "GroupByFile", "ShardByImage/GroupByShard", "ShardByKey/GroupByShard", "SpreadKeys"),
         *("ShardByPart/GroupByShard", "SpreadDuplicates", "ShardDuplicates/GroupByShard", "PairShards/CoGroupByKeyImpl", "SpreadPairs"),
         "CommitRows/GroupByUnit",
     },
     "creatives pack": {
-        *("SpreadListing", "SpreadKnown", "ShardListing/GroupByShard", "ShardKnown/GroupByShard"),
+        *("ListingFiles/Spread", "KnownFiles/Spread", "ShardListing/GroupByShard", "ShardKnown/GroupByShard"),
         *("PairShards/CoGroupByKeyImpl", "SpreadPairs", "CommitPacks/GroupByUnit"),
     },
     "creatives index": {
-        *("SpreadListing", "SpreadKnown", "ShardListing/GroupByShard", "ShardKnown/GroupByShard"),
+        *("ListingFiles/Spread", "KnownFiles/Spread", "ShardListing/GroupByShard", "ShardKnown/GroupByShard"),
         *("PairShards/CoGroupByKeyImpl", "SpreadPairs", "CommitIndex/GroupByUnit"),
     },
     "realised": {
-        *("SpreadOutcomes", "SpreadScores", "ShardOutcomes/GroupByShard", "ShardScores/GroupByShard"),
+        *("OutcomesFiles/Spread", "ScoresFiles/Spread", "ShardOutcomes/GroupByShard", "ShardScores/GroupByShard"),
         *("PairShards/CoGroupByKeyImpl", "SpreadPairs", "GroupSome"),
     },
-    "embed pack": {"SpreadPacks", "CommitPacks/GroupByUnit"},
+    "embed pack": {"Packs/Spread", "CommitPacks/GroupByUnit"},
     "embed gather": {
-        *("SpreadIndex", "SpreadEmbeddings", "ShardWanted/GroupByShard", "ShardEmbeddings/GroupByShard", "PairShards/CoGroupByKeyImpl"),
-        *("SpreadPairs", "ShardByImage/GroupByShard", "SpreadShards", "CommitEmbeddings/GroupByUnit"),
+        *("WantedFiles/Spread", "EmbeddingsFiles/Spread", "ShardWanted/GroupByShard", "ShardEmbeddings/GroupByShard"),
+        *("PairShards/CoGroupByKeyImpl", "SpreadPairs", "ShardByImage/GroupByShard", "SpreadShards", "CommitEmbeddings/GroupByUnit"),
     },
-    "evaluate": {"SpreadUnits", "GroupSome"},
-    "score": {"SpreadUnits", "CommitScores/GroupByUnit"},
-    "lookup": {"SpreadScores", "ShardByKey/GroupByShard", "SpreadShards", "CommitLookup/GroupByUnit"},
-    "train": set[str](),
+    "evaluate": {"Units/Spread", "GroupSome"},
+    "score": {"Units/Spread", "CommitScores/GroupByUnit"},
+    "lookup": {"ScoresFiles/Spread", "ShardScores/GroupByShard", "SpreadShards", "CommitLookup/GroupByUnit"},
+    "train": {"Run/Spread"},
 }
 
 

@@ -81,7 +81,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, MonthRun]:
 
 
 def packs(run: MonthRun) -> Manifest:
-    return run.manifest(run.stage("creatives") + "/packs", "creatives")
+    return run.manifest(run.stage("creatives") + "/packs")
 
 
 def packed(run: MonthRun) -> list[dict]:
@@ -146,7 +146,7 @@ def test_the_index_says_what_each_name_is(runs: dict[str, MonthRun], month: str)
         status = images.MISSING if name in GONE[month] else fault(data)
         creative = hashlib.sha256(data).hexdigest() if status == images.OK else None
         expected.setdefault(hash64(name.encode(), salted("shard")) % SHARDS, []).append((name, creative, status))
-    index = run.manifest(run.stage("creatives"), "creatives")
+    index = run.manifest(run.stage("creatives"))
     found = {
         shard_of_unit(receipt.unit): [tuple(row.values()) for b in read_parquet(run.storage, receipt.file) for row in b.to_pylist()]
         for receipt in index.receipts
@@ -168,4 +168,4 @@ def test_a_month_without_images(tmp_path: pathlib.Path) -> None:
     run = prepare(Config(lake=storage.uri), FIRST)
     run_pipeline(functools.partial(creatives.define_pack_pipeline, run=run), [])
     run_pipeline(functools.partial(creatives.define_index_pipeline, run=run, shards=1), [])
-    assert packs(run).files == [] and run.manifest(run.stage("creatives"), "creatives").count("images") == 0
+    assert packs(run).files == [] and run.manifest(run.stage("creatives")).count("images") == 0

@@ -75,7 +75,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> MonthRun:
 def defined(run: MonthRun) -> dict[str, Callable[[beam.Pipeline], None]]:
     """All pipelines of a month, by step."""
     models = Manifest("stage", (), {"encoder": run.encoder, "ranker": run.version})
-    scores = run.manifest(run.stage("scores"), "score")
+    scores = run.manifest(run.stage("scores"))
     definitions: dict[str, tuple[Any, ...]] = {
         "ingest": (ingest.define_pipeline,),
         "creatives-packs": (creatives.define_pack_pipeline,),
@@ -220,7 +220,7 @@ def test_a_stage_is_a_job_that_is_submitted_and_accounted_for(storage: Storage, 
         assert main(command(storage, service)) == 0
     (job,) = service.jobs
     run = prepare(Config(lake=storage.uri), MONTH)
-    assert run.manifest(run.stage("rows"), "ingest").count("ingested") == 300
+    assert run.manifest(run.stage("rows")).count("ingested") == 300
     assert job["name"] == f"adstocrat-{MONTH}-{run.id}-ingest"
     assert {name: job["labels"][name] for name in ("month", "run", "step")} == {"month": MONTH, "run": run.id, "step": "ingest"}
     assert not storage.names("spill/")
@@ -269,7 +269,7 @@ def test_a_launcher_that_is_killed_and_run_again_waits_for_the_job_that_is_there
         again.join()
     assert ended == [0] and len(service.jobs) == 1
     run = prepare(Config(lake=storage.uri), MONTH)
-    assert run.manifest(run.stage("rows"), "ingest").count("ingested") == 300
+    assert run.manifest(run.stage("rows")).count("ingested") == 300
     assert not storage.names("spill/")
 
 
@@ -313,7 +313,7 @@ if LONG:
                 else:
                     assert main(["month", MONTH, "--lake", storage.uri]) == 0
                 run = prepare(Config(lake=storage.uri), MONTH)
-                files = run.manifest(run.stage("scores"), "score").files
+                files = run.manifest(run.stage("scores")).files
                 from schemas.parquet import read_parquet
 
                 tables.append(pa.Table.from_batches([batch for file in files for batch in read_parquet(storage, file)]).sort_by("key"))

@@ -30,8 +30,8 @@ def save_encoder(storage: Storage, version: str, seed: int) -> None:
     import keras
 
     keras.utils.set_random_seed(seed)
-    with registry.local_folder() as local:
-        folder, model = pathlib.Path(local), encoder.build()
+    with registry.local_folder() as folder:
+        model = encoder.build()
         model.save(folder / "model.keras")
         model.export(folder / "saved_model", verbose=False)
         (folder / "spec.json").write_text(json.dumps({"kind": "encoder", "fingerprint": "any"}))
@@ -69,7 +69,7 @@ def rows(storage: Storage, files: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def embedded(run: MonthRun, version: str) -> Manifest:
-    return run.manifest(lake.embeddings_folder(version, run.month, run.id) + "/packs", "embed")
+    return run.manifest(lake.embeddings_folder(version, run.month, run.id) + "/packs")
 
 
 def thumbnails(runs: dict[str, MonthRun]) -> dict[str, dict[str, bytes]]:
@@ -77,7 +77,7 @@ def thumbnails(runs: dict[str, MonthRun]) -> dict[str, dict[str, bytes]]:
     return {
         month: {
             row["creative"]: row["thumbnail"]
-            for row in rows(run.storage, run.manifest(run.stage("creatives") + "/packs", "creatives").files)
+            for row in rows(run.storage, run.manifest(run.stage("creatives") + "/packs").files)
             if row["thumbnail"] is not None
         }
         for month, run in runs.items()
@@ -119,9 +119,9 @@ def test_another_encoder_embeds_all_again(runs: dict[str, MonthRun]) -> None:
 def test_each_shard_has_exactly_its_creatives(runs: dict[str, MonthRun], version: str, month: str) -> None:
     run, of = runs[month], thumbnails(runs)
     all_of_them = direct(run, version, {creative: thumbnail for new in of.values() for creative, thumbnail in new.items()})
-    index = run.manifest(run.stage("creatives"), "creatives")
+    index = run.manifest(run.stage("creatives"))
     wanted = {shard_of_unit(r.unit): {row["creative"] for row in rows(run.storage, [r.file])} - {None} for r in index.receipts}
-    gathered = run.manifest(lake.embeddings_folder(version, run.month, run.id), "embed")
+    gathered = run.manifest(lake.embeddings_folder(version, run.month, run.id))
     assert {shard_of_unit(receipt.unit) for receipt in gathered.receipts} == {shard for shard, found in wanted.items() if found}
     for receipt in gathered.receipts:
         found = list(rows(run.storage, [receipt.file]))

@@ -268,7 +268,7 @@ def test_a_month_behind_faults_publishes_the_same_table_and_tells_of_its_retries
         last = next(n for n, seen in enumerate(proxy.seen) if seen.method == "POST" and seen.name.endswith("/ledger.json"))
         retries_of(run, sum(bool(seen.fault) for seen in proxy.seen[:last]))
         assert proxy.faults.keys() == {*READS, *(["stall"] if run.month == MONTHS[0] else [])}
-        assert run.manifest(run.stage("creatives") + "/packs", "creatives").count("retries") > 0
+        assert run.manifest(run.stage("creatives") + "/packs").count("retries") > 0
 
     place, tables = months_of(cloud, "faulty", begin, end)
     same_published(faultless, (place, tables))
@@ -414,7 +414,7 @@ def look_at(place: Storage, month: str) -> tuple[float, Manifest]:
     months.run_stage(ingest, run, [])
     began = time.monotonic()
     months.run_stage(creatives, run, [])
-    return time.monotonic() - began, run.manifest(run.stage("creatives") + "/packs", "creatives")
+    return time.monotonic() - began, run.manifest(run.stage("creatives") + "/packs")
 
 
 def next_month(place: Storage, month: str, after: str, images: int) -> None:

@@ -54,7 +54,7 @@ def deliver(folder: pathlib.Path) -> Config:
 def ingested(config: Config) -> tuple[MonthRun, Manifest]:
     run = prepare(config, MONTH)
     run_pipeline(lambda root: ingest.define_pipeline(root, run), [])
-    return run, run.manifest(run.stage("rows"), "ingest")
+    return run, run.manifest(run.stage("rows"))
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,7 @@ def run(tmp_path: pathlib.Path) -> MonthRun:
 
 def change(run: MonthRun, stage: str, number: int, **values: Any) -> None:
     """Tamper with a manifest: another value in a receipt, or no such receipt at all where nothing is given."""
-    manifest = run.manifest(folder_of(run, stage), stage)
+    manifest = run.manifest(folder_of(run, stage))
     receipts = list(manifest.receipts)
     if values:
         counts = {**receipts[number].counts, **values.pop("counts", {})}
@@ -85,7 +85,7 @@ def change(run: MonthRun, stage: str, number: int, **values: Any) -> None:
 
 def short_file(run: MonthRun, stage: str, number: int) -> None:
     """A whole file with a row less than its receipt says."""
-    receipt = write_parquet(run.storage, stage, "short", keys(0, run.manifest(folder_of(run, stage), stage).receipts[number].rows - 1))
+    receipt = write_parquet(run.storage, stage, "short", keys(0, run.manifest(folder_of(run, stage)).receipts[number].rows - 1))
     change(run, stage, number, file=receipt.file, crc32c=receipt.crc32c)
 
 
@@ -149,7 +149,7 @@ UNBALANCED: dict[str, tuple[Callable[[MonthRun], None], list[str]]] = {
     ),
     "scores file short": (lambda run: short_file(run, "scores", 1), ["scored in files 119 is not scored 120"]),
     "a unit's scores twice": (
-        lambda run: change(run, "scores", 1, file=run.manifest(run.stage("scores"), "score").receipts[0].file, counts={"scored": 61}),
+        lambda run: change(run, "scores", 1, file=run.manifest(run.stage("scores")).receipts[0].file, counts={"scored": 61}),
         ["scored 121 is not ingested 120", "scored in files 120 is not scored 121"],
     ),
     "lookup a shard less": (lambda run: change(run, "lookup", 1), ["lookup 60 is not ingested 120"]),
@@ -178,7 +178,7 @@ def test_what_does_not_balance_is_named(run: MonthRun, name: str) -> None:
 @pytest.mark.parametrize("damage", ["removed", "cut", "emptied"])
 @pytest.mark.parametrize(("stage", "number"), [("rows", 1), ("rows", 2), ("scores", 1), ("lookup", 0)])
 def test_a_file_that_is_not_whole_is_named(run: MonthRun, stage: str, number: int, damage: str) -> None:
-    path = pathlib.Path(run.storage.uri) / run.manifest(folder_of(run, stage), stage).receipts[number].file
+    path = pathlib.Path(run.storage.uri) / run.manifest(folder_of(run, stage)).receipts[number].file
     data = path.read_bytes()
     path.unlink()
     if damage != "removed":

@@ -152,7 +152,7 @@ def test_each_row_is_found_under_its_key(
     parts = [batch.slice(at, 150) for at in range(0, rows, 150)]
     receipts = [write_parquet(run.storage, "scores", f"unit/{at}", [part]) for at, part in enumerate(parts)]
     run_pipeline(functools.partial(lookup.define_pipeline, run=run, scores=scored(run, *receipts)), [])
-    manifest = run.manifest(run.stage("lookup"), "lookup")
+    manifest = run.manifest(run.stage("lookup"))
     assert manifest.rows == manifest.count("entries") == rows and len(manifest.receipts) == shards == manifest.info["shards"]
     table = store.fetch(run.storage, Current("2026-10", "r"), tmp_path / "cache")
     try:

@@ -12,7 +12,7 @@ import pytest
 from beam_jobs import run as runs
 from beam_jobs import train
 from beam_jobs.config import Config
-from beam_jobs.run import LISTING, MonthRun, StageError, champion_before, earlier_champion, listing_file, prepare
+from beam_jobs.run import LISTING, MonthRun, StageError, champion_before, earlier_champion, prepare
 from model.registry import FORMAT
 from schemas import contract as contracts
 from schemas import lake
@@ -143,7 +143,7 @@ def test_other_code_is_another_run(storage: Folder, monkeypatch: pytest.MonkeyPa
 
 
 def listed(run: MonthRun) -> list[tuple[str, int, str]]:
-    batches = list(read_parquet(run.storage, listing_file(run)))
+    batches = list(read_parquet(run.storage, run.inputs["listing"]))
     assert all(batch.schema.equals(LISTING) for batch in batches)
     return [tuple(row.values()) for row in pa.Table.from_batches(batches, LISTING).to_pylist()]
 
@@ -309,7 +309,7 @@ def test_another_run_in_the_window_is_another_run(storage: Folder) -> None:
 def test_a_stage_that_is_not_complete_is_named(storage: Folder) -> None:
     run = run_of(storage)
     with pytest.raises(StageError, match=rf"rows/{MONTH}/{run.id} is not complete; run `adstocrat ingest {MONTH}` first"):
-        run.manifest(run.stage("rows"), "ingest")
+        run.manifest(run.stage("rows"))
 
 
 def test_a_file_whose_name_is_no_text_is_left_out(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,5 @@
 import functools
 import json
-import pathlib
 from collections import Counter
 
 import pyarrow as pa
@@ -39,8 +38,7 @@ def save_ranker(run: MonthRun, version: str) -> None:
     head = model.get_layer("head")
     head.set_weights([keras.random.normal(head.get_weights()[0].shape, stddev=0.3), head.get_weights()[1]])
     spec = {"kind": "ranker", "fingerprint": run.contract.fingerprint, "features": features.to_json(), "base_rate": 0.02}
-    with registry.local_folder() as local:
-        folder = pathlib.Path(local)
+    with registry.local_folder() as folder:
         model.save(folder / "model.keras")
         model.export(folder / "saved_model", verbose=False)
         (folder / "spec.json").write_text(json.dumps({**spec, "encoder_version": "e", "encoder_digest": "d"}))
@@ -80,7 +78,7 @@ def _without_image(line: bytes) -> bytes:
 
 
 def scores(run: MonthRun) -> pa.Table:
-    files = run.manifest(run.stage("scores"), "score").files
+    files = run.manifest(run.stage("scores")).files
     return pa.Table.from_batches([batch for file in files for batch in read_parquet(run.storage, file)])
 
 
@@ -98,7 +96,7 @@ def test_scores_equal_the_ranker_asked_directly(run: MonthRun) -> None:
 
 
 def test_every_ingested_row_is_scored_in_its_unit(run: MonthRun) -> None:
-    rows, scored_units = MonthRows(run, run.month, run.id, None), run.manifest(run.stage("scores"), "score").receipts
+    rows, scored_units = MonthRows(run, run.month, run.id, None), run.manifest(run.stage("scores")).receipts
     assert [f"{unit.unit}@000000000" for unit in rows.units] == [receipt.unit for receipt in scored_units] and len(scored_units) == SHARDS
     for unit, receipt in zip(rows.units, scored_units, strict=True):
         keys = [
@@ -116,7 +114,7 @@ def test_scores_are_rows_of_the_score_table(run: MonthRun) -> None:
 
 
 def test_counts_are_those_of_the_files(run: MonthRun) -> None:
-    manifest, table = run.manifest(run.stage("scores"), "score"), scores(run)
+    manifest, table = run.manifest(run.stage("scores")), scores(run)
     for status in ("image_status", "score_status"):
         assert manifest.counts(f"{status}:") == Counter(table[status].to_pylist())
     assert {"ok", "no_image", "missing", "not_an_image"} == set(manifest.counts("image_status:"))
