@@ -28,7 +28,7 @@ from schemas.contract import Contract
 LogOdds = Callable[[Arrays], np.ndarray]
 _POOL_ROWS = 65_536
 # A refresh begins with these weights of its parent made smaller, or it would go on to learn its rows by heart (Ash and Adams 2020).
-_KEPT, _KEPT_OF_ANOTHER = 0.9, 0.4
+_KEPT, _KEPT_OF_ANOTHER = 0.9, 0.7
 _TUNE_ROWS = 262_144
 
 
