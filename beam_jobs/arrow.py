@@ -28,8 +28,6 @@ from schemas.storage import Storage
 # A spill is written when it holds this much, while the next fills; its sections are what a shard reads by range later, so bigger means
 # fewer reads.
 SPILL_BYTES = 64 << 20
-# The rest of a bundle is cut in two when it holds as much as this, for which two files are no more to read than one.
-_LARGE_REST = SPILL_BYTES // 8
 # Batches of fewer rows are put together first, or their slices by shard would be of a few rows.
 _SMALL_ROWS = 16_384
 UNIT_ROWS = 1_000_000
@@ -164,10 +162,7 @@ def _in_global_window(value: Any) -> WindowedValue:
 
 
 class _Spill(beam.DoFn):
-    """Buffers batches and writes them out, sorted by shard, when there are enough or the bundle ends.
-
-    The next come meanwhile. What is left at the end of a bundle, when nothing comes any more, is written in two halves at a time.
-    """
+    """Buffers batches and writes them out, sorted by shard, when there are enough or the bundle ends; the next come meanwhile."""
 
     def __init__(self, storage: Storage, spill: str, shards: int, assign: Callable[[pa.RecordBatch], np.ndarray]):
         self._storage, self._spill, self._shards, self._assign = storage, spill, shards, assign
@@ -187,10 +182,7 @@ class _Spill(beam.DoFn):
             self._batches, self._bytes = [], 0
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
-        half = len(self._batches) // 2 if self._bytes >= _LARGE_REST else 0
-        first = self._thread.submit(self._write, self._batches[:half])
-        rest = self._write(self._batches[half:])
-        for addressed in (*self._written.result(), *first.result(), *rest):
+        for addressed in (*self._written.result(), *self._write(self._batches)):
             yield _in_global_window(addressed)
         self._thread.shutdown()
         self._batches = []
