@@ -343,10 +343,11 @@ def _published_window(storage: Storage, contract: Contract, config: Config, mont
     """The run last published of each earlier month of the window, of those whose rows have this contract."""
     window = []
     for earlier in (lake.month_after(month, -back) for back in range(config.window_months - 1, 0, -1)):
-        if readable := lake.last_publication(storage, earlier, contract.fingerprint):
-            window.append((earlier, readable.run))
-        elif other := lake.last_publication(storage, earlier):
-            log.info("%s is left out of training: its run %s has another contract", earlier, other.run)
+        published = lake.publications(storage, earlier)
+        if readable := [note.run for note in published if note.contract == contract.fingerprint]:
+            window.append((earlier, readable[-1]))
+        elif published:
+            log.info("%s is left out of training: its run %s has another contract", earlier, published[-1].run)
     return tuple(window)
 
 
