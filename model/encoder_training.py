@@ -112,7 +112,7 @@ def _sums(examples: Examples, found: Survey, columns: Any, levels: np.ndarray) -
         logits = [log_odds(part) for part in minibatches([arrays], ranker.BATCH, 0, None)]
         expected = ranker.probabilities(np.concatenate(logits)[: len(rows)]) * arrays["impressions"]
         values = (arrays["clicks"].astype(np.float64)[use], arrays["impressions"].astype(np.float64)[use], expected[use])
-        part = pa.table({"creative": rows["creative"].filter(pa.array(use)), **dict(zip(names, values, strict=True))})
+        part = pa.table({"creative": rows["creative"].filter(pa.array(use)).cast(pa.string()), **dict(zip(names, values, strict=True))})
         both = pa.concat_tables([sums, part]) if sums else part
         summed = both.group_by("creative", use_threads=False).aggregate([(name, "sum") for name in names])
         sums = summed.rename_columns(["creative", *names])

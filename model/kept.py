@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from model.features import SPLIT, Arrays, Examples, learnable, outcomes
+from model.seen import coded
 from schemas.contract import Contract
 
 
@@ -57,13 +58,15 @@ def kept() -> Iterator[Kept]:
 @contextlib.contextmanager
 def read_once(examples: Examples, contract: Contract) -> Iterator[Examples]:
     """The same examples without gate rows: all of them when they are read first, after that the labelled ones, from local disk."""
+    texts = {"creative", *(column.name for column in contract.features if column.categorical)}
     with kept() as rows:
         read = False
 
         def first() -> Iterator[pa.RecordBatch]:
             for batch in examples(0):
                 left, split = learnable(batch)
-                left = left.append_column(SPLIT, pa.array(split))
+                columns = [coded(left[name]) if name in texts else left[name] for name in left.schema.names]
+                left = pa.RecordBatch.from_arrays([*columns, pa.array(split)], [*left.schema.names, SPLIT])
                 rows.put(left.filter(pa.array(outcomes(left, contract)[1] > 0)))
                 yield left
 

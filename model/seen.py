@@ -21,6 +21,8 @@ MAX_VALUES = 1 << 20
 # Expected clicks that a value is taken to have had at the base rate before anything is known of it.
 _PRIOR_CLICKS = 5.0
 _ROWS_AT_ONCE = 1 << 19
+# Of so many rows, the share that may have a value of their own in a column that is taken to repeat its values.
+_SAMPLE_ROWS, _DISTINCT = 1000, 0.9
 # What a history is of in any case, before the columns tagged so; and how many columns of `History.arrays` are of these, the first ones.
 ALWAYS = ("key", "creative")
 OF_KEY_AND_CREATIVE = 2 * len(ALWAYS)
@@ -189,9 +191,12 @@ def among(known: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return (known[place] == wanted if len(known) else np.zeros(len(wanted), bool)), place
 
 
-def texts(column: pa.Array) -> pa.DictionaryArray:
-    coded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
-    return pa.DictionaryArray.from_arrays(coded.indices, coded.dictionary.cast(pa.string()))
+def coded(column: pa.Array) -> pa.Array:
+    """As codes of its distinct values, or as it is where nearly all are distinct: to find that out would cost more than it spares."""
+    some = column[:_SAMPLE_ROWS]
+    if pa.types.is_dictionary(column.type) or len(pc.unique(some)) > _DISTINCT * len(some):
+        return column
+    return column.dictionary_encode()
 
 
 def hashes_of(values: pa.Array, name: str) -> np.ndarray:
@@ -199,10 +204,20 @@ def hashes_of(values: pa.Array, name: str) -> np.ndarray:
     return hash64_column(values, salted(name))
 
 
+def present(column: pa.Array, name: str) -> np.ndarray:
+    """Hashes of the values that rows have, uint64, in any order, some of them perhaps more than once."""
+    hashes, rows = _coded(column, name)
+    return hashes[np.bincount(rows, minlength=len(hashes) + 1)[:-1] > 0]
+
+
 def _coded(column: pa.Array, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of a column's distinct values, uint64, and of each row the place of its own among them, behind the last for a null."""
-    values = texts(column)
-    return hashes_of(values.dictionary, name), pc.fill_null(values.indices, len(values.dictionary)).to_numpy(zero_copy_only=False)
+    """Hashes of a column's values, uint64, and of each row the place of its own among them, behind the last for a null."""
+    values = coded(column)
+    if pa.types.is_dictionary(values.type):
+        values, places = values.dictionary, values.indices
+    else:
+        places = pc.if_else(values.is_valid(), pa.array(np.arange(len(values))), None)
+    return hashes_of(values.cast(pa.string()), name), pc.fill_null(places, len(values)).to_numpy(zero_copy_only=False)
 
 
 def hashes_of_rows(column: pa.Array, name: str) -> np.ndarray:

@@ -234,7 +234,7 @@ def labelled(examples: Examples, found: Survey, epoch: int) -> Iterator[tuple[Ar
         kept, split = learnable(batch)
         clicks, impressions = outcomes(kept, found.features.contract)
         if (use := impressions > 0).any():
-            rows = kept.filter(pa.array(use))
+            rows = kept if use.all() else kept.filter(pa.array(use))
             arrays = found.features.arrays(rows, at_reference=False)
             place = np.full(len(rows), min(int(np.searchsorted(months, month_of(batch))), len(months) - 1), np.int32)
             beside = {"clicks": clicks[use], "impressions": impressions[use], "month": place}
@@ -258,7 +258,7 @@ def taken(arrays: Arrays, shares: np.ndarray, negatives: float, rng: np.random.G
         use &= impressions > 0
         arrays = {**arrays, "offset": np.full(len(share), -math.log(negatives), np.float32)}
     arrays = {**arrays, "clicks": (clicks / share).astype(np.float32), "impressions": (impressions / share).astype(np.float32)}
-    return {name: array[use] for name, array in arrays.items()}
+    return {name: array.compress(use, axis=0) for name, array in arrays.items()}
 
 
 def fit_rows(
@@ -293,7 +293,7 @@ def fit_rows(
             if epoch == 0 and held < _TUNE_ROWS and (split == splits.TUNE).any():
                 tune.append({name: array[split == splits.TUNE] for name, array in arrays.items()})
                 held += len(tune[-1]["clicks"])
-            learnt = {name: array[split == splits.TRAIN] for name, array in arrays.items()}
+            learnt = {name: array.compress(split == splits.TRAIN, axis=0) for name, array in arrays.items()}
             if epoch == 0:
                 shared[-1] += learnt["impressions"].sum()
                 shared[:-1] += learnt["impressions"] @ (learnt["categorical"] == UNKNOWN) if len(shared) > 1 else 0.0
@@ -331,7 +331,8 @@ def fit_rows(
 
     descent = Descent(read, found.impressions, size, epochs, rate, settings.patience, ranker.PRECISIONS, levels)
     with kept() as made:
-        told, levels = descend(model, lambda epoch: ahead(batches(made, epoch)), tune, descent, progress)
+        # A pool ahead: while its batches are learnt, the next pool is brought together.
+        told, levels = descend(model, lambda epoch: ahead(batches(made, epoch), _POOL_ROWS // size), tune, descent, progress)
     told |= {"values_sharing_an_id": float(shared[:-1].max(initial=0.0) / max(shared[-1], 1.0))}
     progress(f"values that share an id, in the column with the most: {told['values_sharing_an_id']:.2%} of impressions")
     return {"rows": found.rows, "clicks": found.clicks, "impressions": found.impressions, **told}, levels, tune

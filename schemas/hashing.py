@@ -44,7 +44,10 @@ def hash64(value: bytes, start: int = _SEED) -> int:
 
 
 def hash64_column(column: pa.Array, start: int = _SEED) -> np.ndarray:
-    """Hashes of a string or binary column, shape (rows,), dtype uint64; a null hashes as the empty value."""
+    """Hashes of a string or binary column, dictionary-encoded or not, shape (rows,), dtype uint64; a null hashes as the empty value."""
+    if pa.types.is_dictionary(column.type):
+        hashes = np.append(hash64_column(column.dictionary, start), np.uint64(mix(start)))
+        return hashes[pc.fill_null(column.indices, len(column.dictionary)).to_numpy(zero_copy_only=False)]
     rows = len(column)
     if not rows:
         return np.empty(0, np.uint64)

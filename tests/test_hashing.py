@@ -43,6 +43,7 @@ def test_the_column_hash_equals_the_scalar_hash(name: str, salt: str) -> None:
     hashes = hash64_column(column, salted(salt))
     assert hashes.dtype == np.uint64
     assert hashes.tolist() == by_value(values, salted(salt))
+    assert hash64_column(column.dictionary_encode(), salted(salt)).tolist() == hashes.tolist()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 
 from model.features import MONTH, outcomes
-from model.seen import MISSING, UNKNOWN, History, Tallies, Tally, Vocabulary, hashes_of
+from model.seen import MISSING, UNKNOWN, History, Tallies, Tally, Vocabulary, coded, hashes_of, hashes_of_rows, present
 from schemas import contract as contracts
 
 VALUES = pa.array([f"v{i}" for i in range(500)])
@@ -31,6 +31,20 @@ def test_a_vocabulary_grows_without_moving_what_is_there_and_stops_when_full() -
     more = grown.ids(VALUES[100:], "x")
     assert sorted(more[more != UNKNOWN].tolist()) == new.tolist() == list(range(102, few.size))
     assert Vocabulary.from_plain(grown.plain()).plain() == grown.plain()
+
+
+def test_values_are_the_same_whether_they_come_as_codes_or_not() -> None:
+    few, many = ["a", None, "b"] * 1000, [f"v{i}" for i in range(2000)] + [None]
+    for values, repeats in ((few, True), (many, False), ([], True), ([None], False), ([3, 4, None, 3], True)):
+        column = pa.array(values, pa.int64() if 3 in values else pa.string())
+        assert pa.types.is_dictionary(coded(column).type) == repeats
+        known = [str(value) for value in values if value is not None]
+        by_value = dict(zip(known, hashes_of(pa.array(known, pa.string()), "x").tolist(), strict=True))
+        for same in (column, column.dictionary_encode()):
+            assert hashes_of_rows(same, "x").tolist() == [by_value[str(v)] if v is not None else 0 for v in values]
+            assert set(present(same, "x").tolist()) == set(by_value.values())
+            # A filter leaves a dictionary as it is, with values that no row has any longer.
+            assert set(present(same[1:2], "x").tolist()) == ({by_value[str(values[1])]} if values[1:2] not in ([], [None]) else set())
 
 
 def rows(keys: list[str], creatives: list[str | None]) -> pa.RecordBatch:
