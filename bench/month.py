@@ -23,6 +23,7 @@ SECOND = month_after(FIRST, 1)
 _CREATIVES = ("creatives", "embed")
 # Seconds: of a stage that takes less, most is its start, and how that grows says nothing.
 _LEAST = 2.0
+_STARTS = 3
 
 
 def run(lake: pathlib.Path, month: str, stages: tuple[str, ...] = STAGES) -> dict[str, Turn]:
@@ -64,8 +65,9 @@ def again(flags: argparse.Namespace) -> None:
     lay_out(str(lake), flags.images, flags.ads, [FIRST, SECOND])
     months = {month: run(lake, month) for month in (FIRST, SECOND)}
     first, second = months.values()
-    # What starting takes: the same stages where there is next to nothing to do.
-    start = run(sample(flags.work, 2_000, 50), FIRST, ("ingest", "creatives", "encoder", *_CREATIVES[1:]))
+    # What starting takes: the same stages where there is next to nothing to do, at their quickest.
+    starts = [run(sample(flags.work, 2_000, 50), FIRST, ("ingest", "creatives", "encoder", "embed")) for _ in range(_STARTS)]
+    start = {stage: min((one[stage] for one in starts), key=lambda turn: turn.told["seconds"]) for stage in starts[0]}
     begun = seconds(start, _CREATIVES)
     bars = [
         Bar("time of month 2, of month 1's", seconds(second) / seconds(first), 0.5, at_least=False),
