@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from beam_jobs.inference import probabilities_of
 from beam_jobs.join import month_rows
 from beam_jobs.run import MonthRun, StageError
 from beam_jobs.workers import Listed
@@ -149,8 +150,9 @@ def make_plan(counted: Sequence[Counted], min_clicks: int, broken: str = "") -> 
 
 def broken(run: MonthRun) -> str:
     """What is wrong with the candidate's files, told by loading them in a fresh process; empty where nothing is."""
-    with registry.local_folder() as folder:
+    with registry.local_folder() as folder, registry.local_folder() as encoder:
         try:
+            registry.fetch(run.storage, "encoder", run.encoder, encoder)
             registry.fetch(run.storage, "ranker", run.version, folder)
         except ModelError as error:
             return str(error)
@@ -195,10 +197,8 @@ def predicted(
         predictions: dict[str, np.ndarray] = {}
         for name, pair in pairs.items():
             ranker = ranker_of(run, pair.ranker)
-            probability = ranker.predict(by_encoder[pair.encoder], at_reference=False)
-            # As scoring has it: a row that the model fails on has the base rate.
-            predictions[name] = np.where(np.isfinite(probability), probability, ranker.base_rate)
-            predictions.setdefault(gate.BASE_RATE, np.full(len(probability), ranker.base_rate))
+            predictions[name] = probabilities_of(by_encoder[pair.encoder], ranker, at_reference=False)[0]
+            predictions.setdefault(gate.BASE_RATE, np.full(len(predictions[name]), ranker.base_rate))
         yield next(iter(by_encoder.values())), clicks[judged], impressions[judged], predictions
 
 
@@ -249,7 +249,7 @@ def decide(judged: Sequence[Judged], run: MonthRun, plan: Plan) -> Manifest:
     if plan.broken and CHAMPION not in known:
         raise StageError(f"{plan.broken}; there is no champion to score {run.month} with, so remove its folder and train again")
     if run.champion and CHAMPION not in known:
-        ruling["why"] += "; the champion is of another contract, and cannot score these rows"
+        ruling["why"] += "; the champion is of another contract or model format, and cannot score these rows"
     pairs = {CANDIDATE: run.candidate, **known}
     pair = pairs[CANDIDATE if ruling["promoted"] else CHAMPION]
     metrics = {name: evaluation.overall.metrics(model) for model, name in enumerate(evaluation.models)}

@@ -77,19 +77,26 @@ class RankerHandler(_BatchHandler[Any]):
         return [(name, scored(rows, model, self._carried))]
 
 
-def scored(rows: pa.RecordBatch, ranker: Any, carried: Sequence[str]) -> pa.RecordBatch:
-    """Score joined rows at the reference position.
+def probabilities_of(rows: pa.RecordBatch, ranker: Any, at_reference: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Click probabilities of joined rows, float64 (rows,), and whether they are the ranker's own, bool (rows,).
 
-    A row that gets no finite probability, or whose image got no embedding, has the base rate and says so.
+    A row that gets no finite probability, or whose image got no embedding, has the base rate.
     """
-    probability, evidence = ranker.predict(rows), ranker.evidence(rows)
+    probability = ranker.predict(rows, at_reference)
     usable, embedded = (rows[name].is_valid().to_numpy(zero_copy_only=False) for name in ("creative", "embedding"))
-    finite = np.isfinite(probability) & (embedded | ~usable)
-    status = np.where(finite, np.where(usable, OK, NO_IMAGE), FALLBACK)
+    found = np.isfinite(probability) & (embedded | ~usable)
+    return np.where(found, probability, ranker.base_rate), found
+
+
+def scored(rows: pa.RecordBatch, ranker: Any, carried: Sequence[str]) -> pa.RecordBatch:
+    """Score joined rows at the reference position; a row with the base rate instead says so."""
+    (probability, found), evidence = probabilities_of(rows, ranker, at_reference=True), ranker.evidence(rows)
+    usable = rows["creative"].is_valid().to_numpy(zero_copy_only=False)
+    status = np.where(found, np.where(usable, OK, NO_IMAGE), FALLBACK)
     columns = {
         "key": rows["key"],
         **{name: rows[name] for name in carried},
-        "p_click": pa.array(np.where(finite, probability, ranker.base_rate), pa.float64()),
+        "p_click": pa.array(probability, pa.float64()),
         "creative": rows["creative"],
         "image_status": rows["image_status"],
         "score_status": pa.array(status.astype(object), pa.string()),

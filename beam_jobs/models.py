@@ -66,6 +66,8 @@ def promote(storage: Storage, version: str) -> Champion:
         contract = registry.manifest(storage, "ranker", there.ranker).info["contract"]
         if made.info["contract"] != contract:
             raise ModelError(f"ranker {version!r} is of contract {made.info['contract']}, the champion {there.ranker!r} of {contract}")
+    if made.info.get("format") != registry.FORMAT:
+        raise ModelError(f"ranker {version!r} has model format {made.info.get('format')}; expected {registry.FORMAT}, so train it again")
     with registry.local_folder() as folder, registry.local_folder() as encoder:
         registry.fetch(storage, "encoder", made.info["encoder"], encoder)
         registry.fetch(storage, "ranker", version, folder)
@@ -94,7 +96,7 @@ def compare(storage: Storage, one: str, other: str) -> dict[str, Any]:
     with registry.local_folder() as folder:
         registry.fetch(storage, "ranker", one, folder)
         contract = contracts.load(folder / "contract.pbtxt")
-    for month in sorted({name.split("/")[1] for name in storage.names("publish/")}, reverse=True):
+    for month in reversed(lake.published_months(storage)):
         last = lake.last_publication(storage, month, contract.fingerprint)
         if last and all(lake.read_manifest(storage, lake.embeddings_folder(pair.encoder, month, last.run)) for pair in pairs.values()):
             earlier = storage.read_json(f"{lake.run_folder(month, last.run)}/inputs.json")["window"]

@@ -26,7 +26,7 @@ from beam_jobs.duplicates import shard_of_key
 from beam_jobs.evaluate import ranker_of, segments_of
 from beam_jobs.run import AlarmError, MonthRun
 from beam_jobs.workers import read_by_shard
-from model import gate, registry
+from model import gate, registry, splits
 from model.evaluation import OVERALL, Evaluation, Segment, Slice, clusters_of, evaluate, log_ratio, merged, quality
 from model.features import MONTH, outcomes
 from model.ranker import probabilities
@@ -40,7 +40,9 @@ OK, WARN, SCRATCH, STOP = "ok", "warn", "scratch", "stop"
 _SCORES = ["key", "creative", "p_click"]
 _PARTS_MERGED = 16
 # All values of segments together; a value may be off by this many times what the whole may.
-_FAMILY_WISE, _SEGMENT_LIMIT = 0.01, 2.0
+_SURE, _FAMILY_WISE, _SEGMENT_LIMIT = 1 - 0.05 / 2, 0.01, 2.0
+# The rows that are no gate rows: they alone decide what is trained, for nothing that is trained may follow from a gate row's outcome.
+_LEARNT: Segment = ("learnt from", None)
 # The log-odds of a click at given positions, float64 (n,), NaN where unknown, against those at the reference position.
 Effect = Callable[[np.ndarray], np.ndarray]
 
@@ -117,8 +119,11 @@ def judge(
     found = scores.take(at.drop_null()).combine_chunks()
     p = found["p_click"].to_numpy()
     moved = probabilities(np.log(p) - np.log1p(-p) + effect(_positions(known, contract)))
-    clusters = clusters_of(pa.record_batch({"key": known["key"], "creative": found["creative"].combine_chunks()}))
+    creatives = found["creative"].combine_chunks()
+    clusters = clusters_of(pa.record_batch({"key": known["key"], "creative": creatives}))
     slices = {segment: at for segment, at in segments_of(known, contract) if segment in segments}
+    if len(learnt := np.flatnonzero(splits.split_of_rows(known["key"], creatives) != splits.GATE)):
+        slices[_LEARNT] = learnt
     evaluation = evaluate(clicks[matched], impressions[matched], {MODEL: moved}, clusters, slices)
     unmatched: dict[Segment, tuple[float, float, float]] = {}
     left, left_clicks, left_impressions = batch.filter(pa.array(~matched)), clicks[~matched], impressions[~matched]
@@ -158,7 +163,7 @@ def decide(parts: Sequence[Part], run: MonthRun, month: str, id: str) -> Manifes
     of_month, of_judged = (datetime.date.fromisoformat(f"{name}-01") for name in (month, run.month))
     ranker = run.manifest(lake.stage_folder("scores", month, id)).info["ranker"]
     same = {"month": of_month, "run_id": id, "kind": "realised", "judged_month": of_judged}
-    rows = quality(part.evaluation, same, {MODEL: ranker})
+    rows = quality(_told(part.evaluation), same, {MODEL: ranker})
     written = write_parquet(run.storage, run.stage(FOLDER), "quality", [rows] if len(rows) else [])
     manifest = lake.commit(run.storage, run.stage(FOLDER), Manifest(FOLDER, (written,), {"month": month, "run": id}))
     # Last, since it is what makes the stage complete.
@@ -172,21 +177,24 @@ def ruled(part: Part, warn: float, scratch: float, abort: float) -> dict[str, An
     Args:
         part: of all shards.
         warn, scratch, abort: shares by which predicted clicks may differ from those that came. More than the first, and than chance, calls
-            for a warning; an interval that lies wholly beyond the others for training from scratch, and for a stop.
+            for a warning; an interval that lies wholly beyond the others for training from scratch, and for a stop, where it is of rows
+            that may be learnt from.
     """
     whole = part.evaluation.overall
     unmatched = {segment: dict(zip(("rows", "impressions", "clicks"), told, strict=True)) for segment, told in part.unmatched.items()}
     outside = unmatched.pop((OVERALL, None), {"rows": 0.0, "impressions": 0.0, "clicks": 0.0})
     shown = whole.impressions + outside["impressions"]
     mix = [{"segment": segment, "value": value, **told} for (segment, value), told in unmatched.items()]
-    rows = [_row(*key, found) for key, found in part.evaluation.slices.items()]
+    rows = [_row(*key, found) for key, found in _told(part.evaluation).slices.items()]
     action, verdict = OK, "no outcome is of an ad that last month had"
     if rows:
-        first = rows[0]
-        off, least = _off(whole, 1 - 0.05 / 2)
-        action = STOP if least > abort else SCRATCH if least > scratch else WARN if least and off > warn else OK
-        if first["ne_low"] is not None and first["ne_low"] > 1 and action in (OK, WARN):
-            action = SCRATCH
+        first, learnt = rows[0], part.evaluation.slices.get(_LEARNT)
+        off, least = _off(whole, _SURE)
+        action = WARN if least and off > warn else OK
+        if learnt:
+            _, least = _off(learnt, _SURE)
+            constant = learnt.metrics(0)["normalized_entropy_low"] or 0.0
+            action = STOP if least > abort else SCRATCH if least > scratch or constant > 1 else action
         judged = {key: found for key, found in part.evaluation.segments.items() if found.clicks >= gate.MIN_SEGMENT_CLICKS}
         level = 1 - _FAMILY_WISE / (2 * max(len(judged), 1))
         worse = [(*_off(found, level), key) for key, found in judged.items()]
@@ -201,6 +209,11 @@ def ruled(part: Part, warn: float, scratch: float, abort: float) -> dict[str, An
             )
     share = whole.impressions / shown if shown else 0.0
     return {"matched_share": share, "unmatched": {**outside, "mix": mix}, "rows": rows, "verdict": verdict, "action": action}
+
+
+def _told(evaluation: Evaluation) -> Evaluation:
+    """Without what only decides."""
+    return Evaluation(evaluation.models, {segment: found for segment, found in evaluation.slices.items() if segment != _LEARNT})
 
 
 def execute(run: MonthRun, launch: Callable[..., None]) -> None:

@@ -287,12 +287,14 @@ def champion_before(storage: Storage, month: str) -> Champion | None:
 
 
 def earlier_champion(storage: Storage, contract: Contract, month: str, champion: Champion) -> Champion | None:
-    """The pair that the month half a year before was published with, or the oldest since then that is kept; None where it is the champion.
+    """The pair that was champion half a year before, or the oldest since then that is kept; None where it is the champion.
 
     Without it, every month could lose a little against the month before, and much in a year.
     """
-    for back in range(_EARLIER_MONTHS, 0, -1):
-        earlier = lake.month_after(month, -back)
+    half = lake.month_number(month) - _EARLIER_MONTHS
+    past = {name: lake.month_number(name) - half for name in lake.published_months(storage) if name < month}
+    # In a month that was not published, the champion was still that of the month before.
+    for earlier in sorted(past, key=lambda name: (past[name] > 0, abs(past[name]))):
         for note in reversed(lake.publications(storage, earlier)):
             judged = lake.read_manifest(storage, lake.stage_folder("evaluation", earlier, note.run))
             made = judged and lake.read_manifest(storage, lake.model_folder("ranker", judged.info["ranker"]))

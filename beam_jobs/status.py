@@ -77,8 +77,8 @@ def _run_of(told: Publication | Current | Champion | None) -> tuple[str, str] | 
 
 def _newest(storage: Storage) -> Publication | None:
     """The last publication of the newest month that has one."""
-    months = [name.split("/")[1] for name in storage.names("publish/") if name.endswith(".json")]
-    return lake.last_publication(storage, max(months)) if months else None
+    months = lake.published_months(storage)
+    return lake.last_publication(storage, months[-1]) if months else None
 
 
 def _bigquery(config: Config, noted: Publication | None) -> Said:

@@ -95,6 +95,11 @@ def train_ranker(run: MonthRun) -> Manifest:
         from_champion = run.champion and registry.manifest(run.storage, "ranker", run.champion.ranker).info.get("format") == registry.FORMAT
         if run.champion and from_champion:
             registry.fetch(run.storage, "ranker", run.champion.ranker, parent)
+        elif run.champion:
+            why = f"the champion {run.champion.ranker!r} has another model format"
+            if run.config.train_mode == "refresh":
+                raise StageError(f"{why}, so it cannot be refreshed; set train_mode to auto or scratch")
+            log.info("  train: %s, so training starts from scratch", why)
         summary = _learnt(
             run,
             lambda: training.train_ranker(

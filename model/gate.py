@@ -18,6 +18,8 @@ MIN_SEGMENT_CLICKS, MAX_SEGMENT_LOSS = 400, 0.01
 CALIBRATION = (0.97, 1.03)
 _BIASED_TOLD = 3
 _LEVEL, _Z_ONE_SIDED = 0.05, 1.644854
+# Share of the replicates that must have rows of a segment for the segment to be tested: those of three creatives have.
+_DRAWN = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Comparison:
     Attributes:
         difference: relative; 0.01 is worse by 1 %.
         upper: its upper limit at one-sided 95 %; NaN where there is too little to tell.
-        z: of the hypothesis that it is worse by no more than a margin, in standard errors; high where it is.
+        z: of the hypothesis that it is worse by no more than a margin, in standard errors; high where it is, NaN as `upper`.
     """
 
     difference: float
@@ -37,7 +39,12 @@ class Comparison:
     @classmethod
     def of(cls, found: Slice, model: int, peer: int, margin: float) -> "Comparison":
         """Compare; the entropy of the rows themselves is the same for both and cancels."""
-        difference, error = log_ratio(found.loss(model), found.loss(peer))
+        loss, peers = found.loss(model), found.loss(peer)
+        # A replicate may draw none of a segment's few creatives. Where that is seldom, the others tell.
+        drawn = peers > 0
+        if drawn[0] and drawn.mean() >= _DRAWN:
+            loss, peers = loss[drawn], peers[drawn]
+        difference, error = log_ratio(loss, peers)
         over = difference - math.log1p(margin)
         z = over / error if error else math.copysign(math.inf, over)
         return cls(math.expm1(difference), math.expm1(difference + _Z_ONE_SIDED * error), z)
@@ -120,6 +127,8 @@ def worse_segments(evaluation: Evaluation) -> tuple[int, dict[tuple[str, str | N
         for segment, found in evaluation.segments.items()
         if found.clicks >= MIN_SEGMENT_CLICKS
     ]
+    # Those of one or two creatives cannot be told from chance.
+    tested = [item for item in tested if not math.isnan(item[0].z)]
     worse = {}
     for rank, (compared, segment) in enumerate(sorted(tested, key=lambda item: -item[0].z)):
         if not math.erfc(compared.z / math.sqrt(2)) / 2 <= _LEVEL / (len(tested) - rank):

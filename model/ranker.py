@@ -144,10 +144,21 @@ class Ranker:
         """Click probabilities of a joined batch, float64 (rows,): at the reference position, or at each row's own.
 
         NaN for a row that the model fails on.
+
+        Raises:
+            ValueError: a column is missing that the contract has; `creative` and `embedding` may be.
         """
-        return probabilities(self._saved.run(self.features.arrays(batch, at_reference), len(batch))[:, 0])
+        return probabilities(self._saved.run(self.features.arrays(self._whole(batch), at_reference), len(batch))[:, 0])
 
     def evidence(self, batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
         """Impressions that each row's key and creative had in training, int64 (rows,) each."""
         none = np.zeros(len(batch), np.int64)
-        return self.features.history.evidence(batch) if self.features.history else (none, none)
+        return self.features.history.evidence(self._whole(batch)) if self.features.history else (none, none)
+
+    def _whole(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """The batch, rows without a picture where it has no `creative`."""
+        there, contract = batch.schema.names, self.features.contract
+        wanted = ["key", *(column.name for column in contract.features)]
+        if missing := [name for name in wanted if name not in there]:
+            raise ValueError(f"the batch has no column {missing[0]!r}; expected {', '.join(wanted)}, but has {', '.join(there)}")
+        return batch if "creative" in there else batch.append_column("creative", pa.nulls(len(batch), pa.string()))

@@ -230,6 +230,11 @@ def _noted(storage: Storage, name: str, data: bytes, kind: type[Noted]) -> Noted
     return parsed(storage.url(name), data, lambda data: kind(**json.loads(data)), f"JSON of {fields}; restore it")
 
 
+def published_months(storage: Storage) -> list[str]:
+    """The months that were ever published, in their order."""
+    return sorted({name.split("/")[1] for name in storage.names("publish/") if name.endswith(".json")})
+
+
 def publications(storage: Storage, month: str) -> list[Publication]:
     """All publications of a month, the last one last."""
     names = [name for name in storage.names(f"publish/{month}/") if name.endswith(".json")]

@@ -241,6 +241,19 @@ def test_segments_are_tested_by_holms_method(z: tuple[float, ...], worse: set[in
     assert tested == len(z) and {int(value or "") for _, value in found} == worse
 
 
+@pytest.mark.parametrize(("creatives", "tested"), [(1, 1), (2, 1), (3, 2), (4, 2)])
+def test_a_segment_of_few_creatives_does_not_hide_the_others(creatives: int, tested: int) -> None:
+    """Of so few, many replicates draw none, and have no loss."""
+    clusters = np.arange(creatives, dtype=np.uint64)
+    p = {CHAMPION: np.full(creatives, 0.02), CANDIDATE: np.full(creatives, 0.04)}
+    found = evaluate(np.full(creatives, 600 / creatives), np.full(creatives, 30_000 / creatives), p, clusters, {})
+    few = dataclasses.replace(found.overall, sums=found.overall.sums[:, [0, 1, 5, 6, 7, 2, 3, 4]])
+    assert not (few.loss(0) > 0).all()
+    slices = {("few", "a"): few, ("segment", "0"): differing(9)}
+    count, worse = worse_segments(Evaluation((CANDIDATE, CHAMPION), slices))
+    assert count == tested and set(worse) == set(list(slices)[2 - tested :])
+
+
 def test_slices_are_told_against_the_champion_with_their_intervals() -> None:
     few = dataclasses.replace(differing(1), sums=np.zeros((1 + REPLICATES, 8)))
     models = (CANDIDATE, CHAMPION)

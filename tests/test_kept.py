@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from model import kept, splits
-from model.features import learnable
+from model.features import Fitter, learnable
 from model.kept import as_arrays, as_batch, read_once
 from schemas.contract import Column, Contract
 
@@ -58,6 +58,26 @@ def test_arrays_survive_as_batches() -> None:
     for name, array in arrays.items():
         assert found[name].dtype == array.dtype
         np.testing.assert_array_equal(found[name], array)
+
+
+def test_codes_of_texts_and_of_numbers_give_the_same_arrays() -> None:
+    columns = (Column("shop", "int", frozenset({"categorical"})), Column("place", "bytes"), *CONTRACT.columns)
+    contract, rng = Contract(columns), np.random.default_rng(0)
+    rows = {"shop": rng.integers(0, 5, 600), "place": rng.choice(["a", "b", None], 600), "creative": rng.choice(["c", "d", None], 600)}
+    batch = pa.record_batch({"key": [f"k{i}" for i in range(600)], **rows, "clicks": [1] * 600, "impressions": [7] * 600})
+    fitter = Fitter(contract, 4)
+    fitter.add(batch)
+    features = fitter.fit()
+    plain, _ = learnable(batch)
+    with read_once(lambda epoch: iter([batch]), contract) as once:
+        for _ in range(2):
+            (again,) = once(0)
+            assert pa.types.is_dictionary(again["place"].type) and pa.types.is_dictionary(again["creative"].type)
+            expected = features.arrays(plain, at_reference=False)
+            found = features.arrays(learnable(again)[0], at_reference=False)
+            assert list(found) == list(expected)
+            for name, array in found.items():
+                np.testing.assert_array_equal(array, expected[name])
 
 
 @pytest.mark.parametrize("room", [True, False])

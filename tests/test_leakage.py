@@ -36,6 +36,8 @@ def test_what_leaks_is_refused_by_name(outcome: tuple[np.ndarray, np.ndarray]) -
     for column, values, told in (
         (Column("revenue", "float"), revenue, "'revenue' alone removes"),
         (Column("state", "bytes"), pa.array(np.where(clicked, "converted", "open")), "'state' alone removes"),
+        (Column("status", "int"), pa.array(np.where(clicked, 3, 2)), "'status' alone removes"),
+        (Column("share", "float"), pa.array(np.where(clicked, -0.9, -0.6)), "'share' alone removes"),
         (Column("landed", "float"), pa.array(rng.random(ROWS), mask=~labelled), "'landed' is missing in 0% of labelled and 100% of"),
     ):
         with pytest.raises(LeakageError, match=told):

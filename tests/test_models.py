@@ -1,6 +1,7 @@
 """Months through the gate by the command: what is promoted and what refused; and kept models listed, moved to and compared."""
 
 import csv
+import dataclasses
 import io
 import os
 import pathlib
@@ -175,6 +176,15 @@ def test_what_is_worse_or_broken_is_refused_and_the_champion_scores(
         models.promote(storage, candidate)
     assert pointers(storage)[0].ranker == champion
 
+    # Nor is a pair promoted whose encoder is damaged, though its ranker is whole.
+    storage.delete(f"evaluation/{SEPTEMBER}/")
+    storage.write(weights, whole)
+    of_encoder = next(name for name in storage.names(f"models/encoder/{found['encoder']}/files") if name.endswith("model.keras"))
+    storage.write(of_encoder, storage.read(of_encoder)[:-1])
+    assert run(storage, SEPTEMBER, *flags) == 0
+    found = evaluation(storage, SEPTEMBER)
+    assert found["refused"] == ["damaged"] and f"encoder '{found['encoder']}' is damaged" in found["why"]
+
 
 def test_models_are_listed_moved_to_and_compared(september: Folder, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
     storage = copied(september, tmp_path / "lake")
@@ -200,6 +210,13 @@ def test_models_are_listed_moved_to_and_compared(september: Folder, tmp_path: pa
         models.promote(storage, old)
     with pytest.raises(ModelError, match="they cannot be compared"):
         models.compare(storage, old, "other")
+    made = registry.manifest(storage, "ranker", old)
+    storage.delete(f"{lake.model_folder('ranker', old)}/{lake.MANIFEST}")
+    lake.commit(
+        storage, lake.model_folder("ranker", old), dataclasses.replace(made, info={**made.info, "contract": "another", "format": 0})
+    )
+    with pytest.raises(ModelError, match=f"ranker '{old}' has model format 0; expected {registry.FORMAT}"):
+        models.promote(storage, old)
 
 
 def test_the_evaluation_is_written_for_tfma_too(september: Folder, tmp_path: pathlib.Path) -> None:

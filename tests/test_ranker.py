@@ -138,6 +138,11 @@ def test_scores_without_images(loaded: Ranker, batch: pa.RecordBatch) -> None:
     bare = bare.set_column(bare.schema.get_field_index("creative"), "creative", pa.nulls(ROWS, pa.string()))
     p = loaded.predict(bare)
     assert np.isfinite(p).all() and 0.5 < p.mean() / loaded.predict(batch).mean() < 1.5
+    without = bare.drop_columns(["creative"])
+    np.testing.assert_array_equal(loaded.predict(without), p)
+    np.testing.assert_array_equal(loaded.evidence(without), loaded.evidence(bare))
+    with pytest.raises(ValueError, match="the batch has no column 'key'; expected key, "):
+        loaded.predict(batch.drop_columns(["key"]))
 
 
 def test_what_a_folder_says(trained: tuple[pathlib.Path, dict[str, Any]], loaded: Ranker, batch: pa.RecordBatch) -> None:

@@ -14,6 +14,7 @@ from test_drift import rows_of
 from beam_jobs import realised
 from beam_jobs.realised import OK, SCRATCH, STOP, WARN, Part
 from model.evaluation import Segment
+from model.splits import GATE, split_of_rows
 from schemas import contract as contracts
 from schemas import lake
 from schemas import sample as sample_months
@@ -81,6 +82,15 @@ def test_a_model_that_is_off_is_flagged(months: tuple[pa.Table, pa.Table], facto
     told = ruled(rows, times(scores, factor))
     assert told["action"] == action and told["rows"][0]["calibration"] == pytest.approx(factor, abs=0.05)
     assert f"{told['rows'][0]['calibration']:.3f}" in told["verdict"]
+
+
+def test_gate_rows_are_told_and_do_not_decide_what_is_trained(months: tuple[pa.Table, pa.Table]) -> None:
+    rows, scores = months
+    keys = rows["key"].combine_chunks()
+    gate = pa.array(split_of_rows(keys, pa.nulls(len(keys), pa.string())) == GATE)
+    flipped = pc.if_else(gate, pc.subtract(rows["impressions"], rows["clicks"]), rows["clicks"])
+    told = ruled(rows.set_column(rows.schema.get_field_index("clicks"), "clicks", flipped), scores)
+    assert told["rows"][0]["calibration"] < 0.5 and told["action"] == WARN
 
 
 def test_few_clicks_do_not_call_for_more_than_a_warning(months: tuple[pa.Table, pa.Table]) -> None:
