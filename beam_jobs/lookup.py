@@ -15,7 +15,7 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 
-from beam_jobs.arrow import UNIT_ROWS, CommitStage, InThreads, Unit, read_unit, shards_for
+from beam_jobs.arrow import CommitStage, InThreads, Unit, read_unit, shards_for
 from beam_jobs.run import MonthRun
 from beam_jobs.shard import CHUNK_ROWS, key_numbers, records, write_file
 from beam_jobs.workers import read_by_shard
@@ -33,7 +33,7 @@ SAME_FOR_ALL = ("month", "run_id", "encoder_version", "model_version")
 def define_pipeline(root: beam.Pipeline, run: MonthRun, scores: Manifest) -> None:
     """Score files → lookup shards by key."""
     folder = run.stage("lookup")
-    shards = shards_for(scores.rows, UNIT_ROWS)
+    shards = shards_for(scores.rows)
     info = {
         "month": run.month,
         "run": run.id,

@@ -28,6 +28,8 @@ _TUNE_THUMBNAILS = 16_384
 # A creative weighs at most as so many expected clicks: past that, what is left of it is not noise but what its image does not show.
 _EXPECTED_CAP = 10.0
 _STEPS, _LEAST_EPOCHS, _MOST_EPOCHS = 2_700, 16, 28
+# Of very many creatives fewer passes do: so many steps are enough, and every picture is seen a few times at least.
+_ENOUGH_STEPS, _FEWEST_EPOCHS = 4_000, 4
 _COLUMNS = Settings(steps=360, max_epochs=10)
 
 
@@ -79,7 +81,8 @@ def train_encoder(
         return {"mode": "untrained", **counts, "epochs": 0, "tune_loss": None}
     size = min(64, train)
     # What is small in a picture, such as a label, is seen late; a few pictures would be learnt by heart before that.
-    epochs = epochs or max(_LEAST_EPOCHS, min(_MOST_EPOCHS, _STEPS * size // train, train // 150))
+    least = max(_FEWEST_EPOCHS, min(_LEAST_EPOCHS, _ENOUGH_STEPS * size // train))
+    epochs = epochs or max(least, min(_MOST_EPOCHS, _STEPS * size // train, train // 150))
 
     def batches(epoch: int) -> Iterator[Arrays]:
         rng = np.random.default_rng([seed, epoch])

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 
 # Rows that are looked at, at most, and the prior precision of an effect around what the model has learnt.
-MOST_ROWS = 4_000_000
+MOST_ROWS = 1 << 20
 _PRECISION = 10.0
 
 

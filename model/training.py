@@ -30,6 +30,8 @@ _POOL_ROWS = 65_536
 # A refresh begins with these weights of its parent made smaller, or it would go on to learn its rows by heart (Ash and Adams 2020).
 _KEPT, _KEPT_OF_ANOTHER = 0.9, 0.7
 _TUNE_ROWS = 262_144
+# Rows of the newest month that tell how high the log-odds should be, at most.
+_HEIGHT_ROWS = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +130,7 @@ def train_ranker(
     progress(f"{kind}: {found.rows:,} rows, {found.clicks:,.0f} clicks in {found.impressions:,.0f} impressions")
     summary, levels, tune = fit_rows(model, examples, found, seed, settings, epochs, settings.rate, progress, replay, first)
     log_odds, effects = log_odds_of(model, levels), _effects(model)
-    rest, hats, clicks, impressions = _without_position(tune, log_odds, effects)
+    rest, hats, clicks, impressions = _concatenated(_without_position(tune, log_odds, effects))
     if contract.position:
         # Where training was short, what it learnt of the position is as much too small as all the rest.
         scale, _ = calibration.fit(rest + hats @ effects, np.zeros(len(rest)), clicks, impressions)
@@ -137,9 +139,10 @@ def train_ranker(
     slope, shift = calibration.fit(rest, hats @ effects, clicks, impressions)
     # What is scored is the newest month, and months differ in height.
     newest = labelled(lambda epoch: (b for b in examples(epoch) if month_of(b) == months[-1]), found, 0)
-    batches = itertools.islice(minibatches((arrays for arrays, _, _ in newest), ranker.BATCH, 0, None), position.MOST_ROWS // ranker.BATCH)
-    rest, hats, clicks, impressions = _without_position(batches, log_odds, effects)
-    shift += calibration.height(slope * rest + shift, hats @ effects, clicks, impressions)
+    batches = itertools.islice(minibatches((arrays for arrays, _, _ in newest), ranker.BATCH, 0, None), _HEIGHT_ROWS // ranker.BATCH)
+    parts = ((rest, hats @ effects, *outcome) for rest, hats, *outcome in _without_position(batches, log_odds, effects))
+    rest, at_own, clicks, impressions = _concatenated(parts)
+    shift += calibration.height(slope * rest + shift, at_own, clicks, impressions)
     level = float(levels[-1]) + shift / slope
     model.get_layer("calibration").set_weights([np.array([[slope]], np.float32), np.array([slope * level], np.float32)])
     spec = {
@@ -199,7 +202,7 @@ def _by_key(
     """TRAIN and TUNE rows as `position.within_keys` wants them, without history: a key's has its earlier positions in it."""
     for arrays, _, rows in labelled(examples, found, 0):
         bare = {**arrays, "history": np.zeros_like(arrays["history"])}
-        logits, *_ = _without_position(minibatches([bare], ranker.BATCH, 0, None), log_odds, effects)
+        logits, *_ = _concatenated(_without_position(minibatches([bare], ranker.BATCH, 0, None), log_odds, effects))
         yield hashes_of_rows(rows["key"], "key"), arrays["clicks"], arrays["impressions"], logits[: len(rows)], arrays["position"]
 
 
@@ -208,16 +211,18 @@ def _effects(model: Any) -> np.ndarray:
     return next((layer.get_weights()[0][:, 0] for layer in model.layers if layer.name == "position_effect"), np.zeros(1, np.float32))
 
 
-def _without_position(
-    batches: Iterable[Arrays], log_odds: LogOdds, effects: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Log-odds of batches of `labelled` rows without the position's effects, (rows,), its hats, (rows, hats), clicks and impressions."""
-    parts = [(np.zeros(0, np.float32), np.zeros((0, len(effects)), np.float32), np.zeros(0, np.float32), np.zeros(0, np.float32))]
+def _without_position(batches: Iterable[Arrays], log_odds: LogOdds, effects: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    """Of batches of `labelled` rows: log-odds without the position's effects, (rows,), its hats, (rows, hats), clicks and impressions."""
+    none = np.zeros(0, np.float32)
+    yield none, np.zeros((0, len(effects)), np.float32), none, none
     for batch in batches:
         hats = batch.get("position", np.zeros((len(batch["clicks"]), 1), np.float32))
-        parts.append((log_odds(batch) - hats @ effects, hats, batch["clicks"], batch["impressions"]))
-    rest, hats, clicks, impressions = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return rest, hats, clicks, impressions
+        yield log_odds(batch) - hats @ effects, hats, batch["clicks"], batch["impressions"]
+
+
+def _concatenated(parts: Iterable[Iterable[np.ndarray]]) -> Iterator[np.ndarray]:
+    """Of parts of the same arrays, at least one, these arrays as a whole."""
+    return map(np.concatenate, zip(*parts, strict=True))
 
 
 def log_odds_of(model: Any, levels: np.ndarray) -> LogOdds:

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from beam_jobs import lookup, shard
+from beam_jobs.arrow import shards_for
 from beam_jobs.config import Config
 from beam_jobs.run import MonthRun
 from beam_jobs.runner import run_pipeline
@@ -143,11 +144,11 @@ def scored(run: MonthRun, *receipts: Receipt) -> Manifest:
     return commit(run.storage, run.stage("scores"), Manifest("score", receipts, {"encoder": "e", "ranker": "m"}))
 
 
-@pytest.mark.parametrize(("rows", "unit_rows", "shards"), [(1, 1_000_000, 1), (400, 1_000_000, 1), (400, 50, 8)])
+@pytest.mark.parametrize(("rows", "rows_a_shard", "shards"), [(1, 500_000, 1), (400, 500_000, 1), (400, 50, 8)])
 def test_each_row_is_found_under_its_key(
-    run: MonthRun, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, rows: int, unit_rows: int, shards: int
+    run: MonthRun, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, rows: int, rows_a_shard: int, shards: int
 ) -> None:
-    monkeypatch.setattr(lookup, "UNIT_ROWS", unit_rows)
+    monkeypatch.setattr(lookup, "shards_for", functools.partial(shards_for, rows_per_shard=rows_a_shard))
     batch = score_rows(run, rows)
     parts = [batch.slice(at, 150) for at in range(0, rows, 150)]
     receipts = [write_parquet(run.storage, "scores", f"unit/{at}", [part]) for at, part in enumerate(parts)]
