@@ -15,6 +15,7 @@ from beam_jobs.creatives import IMAGES_PER_UNIT, pack_files
 from beam_jobs.ingest import estimated_rows
 from beam_jobs.month import STAGES
 from beam_jobs.run import LISTING, MonthRun, joined
+from model.encoder_training import passes
 from schemas import lake
 from schemas.hashing import hash64_column
 from schemas.parquet import read_columns
@@ -23,7 +24,7 @@ from schemas.parquet import read_columns
 RATES = {"ingest": 100_000, "evaluate": 100_000, "score": 100_000, "lookup": 75_000}
 IMAGES, IMAGE_BYTES, NAMES = 1_000, 50_000_000, 500_000
 GPU_RATES = {"encoder": 20_000, "embed": 30_000, "train": 250_000}
-EPOCHS = {"encoder": 16, "embed": 1, "train": 7}
+TRAIN_EPOCHS = 7
 # Of one vCPU, and of the machine of a GPU.
 _VCPU_GB, _VCPU_DISK_GB, _GPU_VCPUS = 4, 8, 4
 # Bytes of a row and of an image's name as batches hold them, and of a section's address in the shuffle.
@@ -106,17 +107,17 @@ def work(month: Delivery) -> list[Work]:
         hours = rows / RATES[stage] / 3600
         return Work(stage, rows, "rows", hours, 0, sections + reads, writes, sections * _ADDRESS_BYTES)
 
-    def on_gpu(stage: str, units: int, what: str, reads: int) -> Work:
-        return Work(stage, units, what, 0, units * EPOCHS[stage] / GPU_RATES[stage] / 3600, reads, 10)
+    def on_gpu(stage: str, units: int, epochs: int, what: str, reads: int) -> Work:
+        return Work(stage, units, what, 0, units * epochs / GPU_RATES[stage] / 3600, reads, 10)
 
     fetched, pages = month.new_images + 2 * (named + indexed), -(-month.images // 1000)
-    addresses = 2 * (named + indexed) * _ADDRESS_BYTES
+    addresses, passed = 2 * (named + indexed) * _ADDRESS_BYTES, passes(max(month.to_embed, 1))
     return [
         by_rows("ingest", 2 * spilled, shards, 2 * shards),
         Work("creatives", month.new_images, "new images", looking / 3600, 0, fetched, pages + units + shards, addresses),
-        on_gpu("encoder", month.to_embed, "creatives", EPOCHS["encoder"] * units),
-        on_gpu("embed", month.to_embed, "creatives", units + 3 * indexed),
-        on_gpu("train", month.window_rows, "rows of the window", EPOCHS["train"] * 3 * shards),
+        on_gpu("encoder", month.to_embed, passed, "creatives", passed * units),
+        on_gpu("embed", month.to_embed, 1, "creatives", units + 3 * indexed),
+        on_gpu("train", month.window_rows, TRAIN_EPOCHS, "rows of the window", TRAIN_EPOCHS * 3 * shards),
         by_rows("evaluate", 0, 3 * shards, 1),
         by_rows("score", 0, 3 * shards, shards),
         by_rows("lookup", spilled, shards, shards),

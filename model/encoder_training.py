@@ -27,7 +27,7 @@ _POOL_THUMBNAILS = 4096
 _TUNE_THUMBNAILS = 16_384
 # A creative weighs at most as so many expected clicks: past that, what is left of it is not noise but what its image does not show.
 _EXPECTED_CAP = 10.0
-_STEPS, _LEAST_EPOCHS, _MOST_EPOCHS = 2_700, 16, 28
+_BATCH, _STEPS, _LEAST_EPOCHS, _MOST_EPOCHS = 64, 2_700, 16, 28
 # Of very many creatives fewer passes do: so many steps are enough, and every picture is seen a few times at least.
 _ENOUGH_STEPS, _FEWEST_EPOCHS = 4_000, 4
 _COLUMNS = Settings(steps=360, max_epochs=10)
@@ -79,10 +79,8 @@ def train_encoder(
         progress("no creative with a picture and labelled rows to learn from: the encoder stays untrained, until a month has some")
         write(model, folder, spec)
         return {"mode": "untrained", **counts, "epochs": 0, "tune_loss": None}
-    size = min(64, train)
-    # What is small in a picture, such as a label, is seen late; a few pictures would be learnt by heart before that.
-    least = max(_FEWEST_EPOCHS, min(_LEAST_EPOCHS, _ENOUGH_STEPS * size // train))
-    epochs = epochs or max(least, min(_MOST_EPOCHS, _STEPS * size // train, train // 150))
+    size = min(_BATCH, train)
+    epochs = epochs or passes(train)
 
     def batches(epoch: int) -> Iterator[Arrays]:
         rng = np.random.default_rng([seed, epoch])
@@ -101,6 +99,13 @@ def train_encoder(
     encoder.standardise(model, np.concatenate(embeddings))
     write(model, folder, spec)
     return {"mode": "scratch", **counts, **descended}
+
+
+def passes(creatives: int) -> int:
+    """Over that many creatives, at most."""
+    # What is small in a picture, such as a label, is seen late; a few pictures would be learnt by heart before that.
+    least = max(_FEWEST_EPOCHS, min(_LEAST_EPOCHS, _ENOUGH_STEPS * _BATCH // creatives))
+    return max(least, min(_MOST_EPOCHS, _STEPS * _BATCH // creatives, creatives // 150))
 
 
 def _sums(examples: Examples, found: Survey, columns: Any, levels: np.ndarray) -> pa.Table:

@@ -153,3 +153,8 @@ def test_without_pictures_it_stays_untrained_and_runs(tmp_path: pathlib.Path) ->
     summary = encoder_training.train_encoder(examples(), lambda: iter(()), CONTRACT, 0, tmp_path, lambda line: None)
     assert summary["mode"] == "untrained" and summary["creatives"] == 0
     assert np.isfinite(encoder.Encoder(tmp_path).embed(np.zeros((3, 64, 64, 3), np.uint8))).all()
+
+
+@pytest.mark.parametrize(("creatives", "times"), [(1, 16), (150, 16), (4_000, 26), (16_000, 16), (80_000, 4), (100_000_000, 4)])
+def test_the_more_pictures_there_are_the_less_often_each_is_seen(creatives: int, times: int) -> None:
+    assert encoder_training.passes(creatives) == times
