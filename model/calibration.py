@@ -13,6 +13,8 @@ import numpy as np
 # Prior precision of the slope around 1, and of the height around what the slope's rows say of it: a few clicks move them little.
 _SLOPE_PRECISION, _HEIGHT_PRECISION = 400.0, 30.0
 _LEAST_SLOPE = 0.2
+# Of the change of trust around none.
+_TRUST_PRECISION = 100.0
 
 
 def fit(logits: np.ndarray, effects: np.ndarray, clicks: np.ndarray, impressions: np.ndarray) -> tuple[float, float]:
@@ -34,6 +36,21 @@ def height(logits: np.ndarray, effects: np.ndarray, clicks: np.ndarray, impressi
     n, c = _half_way(effects, impressions, clicks)
     line = _newton(np.ones((len(n), 1)), logits.astype(np.float64) + effects, n, c, np.zeros(1), np.array([_HEIGHT_PRECISION]))
     return float(line[0])
+
+
+def trust(logits: np.ndarray, slopes: np.ndarray, clicks: np.ndarray, impressions: np.ndarray) -> float:
+    """By how much more or less than 1 to multiply the embeddings of creatives that neither encoder nor ranker has learnt from, from -1 on.
+
+    Of what it has learnt from, an encoder says more than it would of anything else, and so a ranker that learns from the same creatives
+    trusts it too far. What this does to the height of these rows is left to the other fits.
+
+    Args: arrays of shape (rows,), of rows of such creatives.
+        logits: as they are with the whole embedding.
+        slopes: how they change with the factor.
+    """
+    inputs = np.stack([slopes, np.ones(len(slopes))], axis=1).astype(np.float64)
+    change = _newton(inputs, logits.astype(np.float64), impressions, clicks, np.zeros(2), np.array([_TRUST_PRECISION, 1.0]))
+    return max(float(change[0]), -1.0)
 
 
 def _half_way(effects: np.ndarray, impressions: np.ndarray, clicks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

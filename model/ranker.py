@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from model.features import Features
 from model.saved import SavedModel
+from model.seen import UNKNOWN
 
 BATCH = 8192
 _CLIP = 1e-7
@@ -47,8 +48,13 @@ def build(features: Features, base_rate: float, dropout: float = 0.1) -> Any:
         name: keras.Input((width,), name=name, dtype="int32" if name in ("categorical", "creative") else "float32")
         for name, width in features.widths.items()
     }
-    added = []
-    parts = [inputs[name] for name in _DENSE if name in inputs]
+    added, seen = [], dict(inputs)
+    if "embedding" in inputs:
+        # Never trained: calibration sets it, and 0 is to trust the embedding of a creative without an id as that of any other.
+        unseen = keras.ops.cast(keras.ops.equal(inputs["creative"], UNKNOWN), "float32")
+        trust = layers.Dense(1, use_bias=False, kernel_initializer="zeros", trainable=False, name="trust")(unseen)
+        seen["embedding"] = layers.Multiply()([inputs["embedding"], trust + 1.0])
+    parts = [seen[name] for name in _DENSE if name in seen]
     if "categorical" in inputs:
         # All columns share one table, each with its own range of rows: one gather instead of one a column.
         starts = np.cumsum((0, *features.buckets[:-1])).astype(np.int32)
@@ -96,6 +102,23 @@ def _pairs(buckets: tuple[int, ...]) -> list[tuple[int, int]]:
     totals = np.cumsum([size for size, _, _ in sized])
     few = [pair for pair, total in zip(sized, totals, strict=True) if pair[0] <= _PAIR_VALUES and total <= _ALL_PAIR_VALUES]
     return [(i, j) for _, i, j in few[:_PAIRS]]
+
+
+def begin_anew(path: str, weight: np.ndarray, features: Features, new_ids: list[np.ndarray]) -> None:
+    """Give values that are new, in place, the weights of the trained unknown; `new_ids` by vocabulary."""
+    buckets = features.buckets
+    if "creative_effect" in path:
+        weight[new_ids[-1]] = weight[UNKNOWN]
+    elif "linear" in path or "vectors" in path:
+        for start, ids in zip(np.cumsum((0, *buckets[:-1])), new_ids, strict=False):
+            weight[start + ids] = weight[start + UNKNOWN]
+    elif "pair_effect" in path:
+        start = 0
+        for left, right in _pairs(buckets):
+            table = weight[start : start + buckets[left] * buckets[right]].reshape(buckets[left], buckets[right])
+            table[new_ids[left]] = table[UNKNOWN]
+            table[:, new_ids[right]] = table[:, [UNKNOWN]]
+            start += table.size
 
 
 def forget_images(path: str, weight: np.ndarray, features: Features) -> None:

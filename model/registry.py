@@ -18,7 +18,7 @@ _PACKAGES = ("apache-beam", "keras", "numpy", "pyarrow", "tensorflow")
 
 
 # What the files of a model hold, and how they are meant: a model of another format cannot be used by this version.
-FORMAT = 2
+FORMAT = 3
 
 
 class ModelError(ValueError):

@@ -49,10 +49,17 @@ class Vocabulary:
         return cls(hashes, np.arange(FIRST_ID, FIRST_ID + len(hashes), dtype=np.int32), size)
 
     def grown(self, hashes: np.ndarray) -> tuple["Vocabulary", np.ndarray]:
-        """With those of the sorted distinct hashes that are new and find room; and their ids."""
-        new = np.setdiff1d(hashes, self.hashes, assume_unique=True)[: self.size - FIRST_ID - len(self.hashes)]
-        ids = np.arange(FIRST_ID + len(self.hashes), FIRST_ID + len(self.hashes) + len(new), dtype=np.int32)
-        both, all_ids = np.concatenate([self.hashes, new]), np.concatenate([self.order, ids])
+        """With those of the sorted distinct hashes that are new; and their ids.
+
+        Where ids run out, those of values that are not among the hashes are given out again; what finds no room even so is left out.
+        """
+        new, gone = np.setdiff1d(hashes, self.hashes, assume_unique=True), ~np.isin(self.hashes, hashes)
+        room = self.size - FIRST_ID - len(self.hashes)
+        new = new[: room + np.count_nonzero(gone)]
+        freed = np.flatnonzero(gone)[: max(len(new) - room, 0)]
+        unused = np.arange(FIRST_ID + len(self.hashes), FIRST_ID + len(self.hashes) + len(new) - len(freed), dtype=np.int32)
+        ids = np.concatenate([unused, self.order[freed]])
+        both, all_ids = np.concatenate([np.delete(self.hashes, freed), new]), np.concatenate([np.delete(self.order, freed), ids])
         order = np.argsort(both)
         return Vocabulary(both[order], all_ids[order], self.size), ids
 

@@ -1,8 +1,8 @@
 """Trains the ranker from a stream of joined batches, in bounded memory and, for the same stream and seed, to the same bit.
 
-Only TRAIN rows are learnt from, TUNE rows stop the training early and give calibration its slope, and gate rows are dropped by
-`features.learnable` before anything reads an outcome. Each month of the window has log-odds of its own, so that what is constant in time is
-not bent to explain what is not; the published model has the newest month's.
+Only TRAIN rows are learnt from, TUNE rows stop the training early and tell calibration its slope and how far images of new creatives are
+to be trusted, and gate rows are dropped by `features.learnable` before anything reads an outcome. Each month of the window has log-odds of
+its own, so that what is constant in time is not bent to explain what is not; the published model has the newest month's.
 """
 
 import dataclasses
@@ -30,6 +30,7 @@ _POOL_ROWS = 65_536
 # A refresh begins with these weights of its parent made smaller, or it would go on to learn its rows by heart (Ash and Adams 2020).
 _KEPT, _KEPT_OF_ANOTHER = 0.9, 0.7
 _TUNE_ROWS = 262_144
+_TRUST_STEP = 0.25
 # Rows of the newest month that tell how high the log-odds should be, at most.
 _HEIGHT_ROWS = 1 << 22
 
@@ -131,11 +132,13 @@ def train_ranker(
     summary, levels, tune = fit_rows(model, examples, found, seed, settings, epochs, settings.rate, progress, replay, first)
     log_odds, effects = log_odds_of(model, levels), _effects(model)
     rest, hats, clicks, impressions = _concatenated(_without_position(tune, log_odds, effects))
+    # Where training was short, what it learnt of the position is as much too small as all the rest.
+    scale, _ = calibration.fit(rest + hats @ effects, np.zeros(len(rest)), clicks, impressions)
     if contract.position:
-        # Where training was short, what it learnt of the position is as much too small as all the rest.
-        scale, _ = calibration.fit(rest + hats @ effects, np.zeros(len(rest)), clicks, impressions)
         effects = position.within_keys(_by_key(examples, found, log_odds, effects), scale * effects).astype(np.float32)
         model.get_layer("position_effect").set_weights([effects[:, None]])
+    trust = _set_trust(model, tune, log_odds, scale)
+    rest, *_ = _concatenated(_without_position(tune, log_odds, effects))
     slope, shift = calibration.fit(rest, hats @ effects, clicks, impressions)
     # What is scored is the newest month, and months differ in height.
     newest = labelled(lambda epoch: (b for b in examples(epoch) if month_of(b) == months[-1]), found, 0)
@@ -158,7 +161,8 @@ def train_ranker(
         "negatives": settings.negatives,
     }
     write(model, folder, spec)
-    return {"mode": "refresh" if start else "scratch", **summary, "calibration_slope": round(slope, 4), "negatives": settings.negatives}
+    fitted = {"calibration_slope": round(slope, 4), "trust_of_unseen_creatives": round(trust, 4)}
+    return {"mode": "refresh" if start else "scratch", **summary, **fitted, "negatives": settings.negatives}
 
 
 def _parent(parent: pathlib.Path | None, contract: Contract, encoder_digest: str, mode: str, progress: Progress) -> Parent | None:
@@ -181,19 +185,38 @@ def _warm_start(model: Any, start: Parent, found: Survey) -> None:
 
     before = keras.models.load_model(start.folder / "model.keras", compile=False)
     after = [array.copy() for array in before.get_weights()]
-    features = found.features
-    starts = np.cumsum((0, *features.buckets))
     for number, weight in enumerate(model.weights):
         if "bias" not in weight.path and any(part in weight.path for part in ("linear", "vectors", "pair", "cross", "deep", "head")):
             after[number] *= _KEPT if start.same_encoder else _KEPT_OF_ANOTHER
         if not start.same_encoder:
-            ranker.forget_images(weight.path, after[number], features)
-        for which, ids in enumerate(found.new_ids):
-            name, offset = ("creative_effect", 0) if which == len(features.categoricals) else (None, starts[which])
-            if (name and name in weight.path) or (name is None and any(part in weight.path for part in ("linear", "vectors"))):
-                after[number][offset + ids] = after[number][offset + UNKNOWN]
+            ranker.forget_images(weight.path, after[number], found.features)
+        ranker.begin_anew(weight.path, after[number], found.features, found.new_ids)
     model.set_weights(after)
     model.get_layer("calibration").set_weights([np.ones((1, 1), np.float32), np.zeros(1, np.float32)])
+    model.get_layer("trust").set_weights([np.zeros((1, 1), np.float32)])
+
+
+def _set_trust(model: Any, tune: list[Arrays], log_odds: LogOdds, scale: float) -> float:
+    """Let the model trust the embedding of a creative without an id as far as TUNE rows of such creatives bear it out.
+
+    Args:
+        scale: what the log-odds of all rows are too small by.
+
+    Returns:
+        The factor of these embeddings.
+    """
+    trust, told = model.get_layer("trust"), []
+    cold = [((batch["creative"] == UNKNOWN) & (batch["has_image"] > 0))[:, 0] for batch in tune]
+    if not any(use.any() for use in cold):
+        return 1.0
+    for change in (-_TRUST_STEP, 0.0):
+        trust.set_weights([np.full((1, 1), change, np.float32)])
+        rows = ((scale * log_odds(b), b["clicks"], b["impressions"]) for b in tune)
+        told.append(list(_concatenated([column[use] for column in one] for one, use in zip(rows, cold, strict=True))))
+    (less, *_), (logits, clicks, impressions) = told
+    change = calibration.trust(logits, (logits - less) / _TRUST_STEP, clicks, impressions)
+    trust.set_weights([np.full((1, 1), change, np.float32)])
+    return 1 + change
 
 
 def _by_key(

@@ -5,12 +5,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 import model
 from beam_jobs.realised import position_effect
-from model import encoder, features, golden, splits, training
+from model import encoder, features, golden, ranker, splits, training
 from model.ranker import BATCH, Ranker
+from model.seen import Vocabulary
 from schemas.contract import Column, Contract
 
 CONTRACT = Contract(
@@ -206,6 +208,38 @@ def test_refresh_starts_from_the_parent(
     assert [seen.plain() for seen in refreshed.features.vocabularies] == [seen.plain() for seen in before.features.vocabularies]
     old = before.predict(batch)
     assert 0 < np.abs(np.log(refreshed.predict(batch) / old)).mean() < 0.5
+
+
+def test_new_values_begin_with_what_was_learnt_of_the_unknown() -> None:
+    width, rng = features.Features(CONTRACT, (), (), (), 0), np.random.default_rng(0)
+    contract = dataclasses.replace(CONTRACT, columns=(*CONTRACT.columns, Column("slot", "bytes")))
+    vocabularies = tuple(Vocabulary(np.empty(0, np.uint64), np.empty(0, np.int32), size) for size in (4, 3, 5))
+    spec, new = dataclasses.replace(width, contract=contract, vocabularies=vocabularies), [np.array([3]), np.array([2]), np.array([2, 4])]
+    pairs, linear, own = rng.normal(size=(12, 1)), rng.normal(size=(7, 1)), rng.normal(size=(5, 1))
+    begun = [pairs.copy(), linear.copy(), own.copy()]
+    for path, weight in zip(("pair_effect/w", "linear/w", "creative_effect/w"), begun, strict=True):
+        ranker.begin_anew(path, weight, spec, new)
+    assert begun[2][:, 0].tolist() == own[[0, 1, 1, 3, 1], 0].tolist()
+    assert begun[1][:, 0].tolist() == linear[[0, 1, 2, 1, 4, 5, 5], 0].tolist()
+    # The pair's table has the later column's values in its rows.
+    expected = pairs.reshape(3, 4)[np.ix_([0, 1, 1], [0, 1, 2, 1])]
+    np.testing.assert_array_equal(begun[0].reshape(3, 4), expected)
+
+
+def test_images_of_new_creatives_are_trusted_as_far_as_they_tell(
+    trained: tuple[pathlib.Path, dict[str, Any]], tmp_path: pathlib.Path, batch: pa.RecordBatch
+) -> None:
+    split = splits.split_of_rows(batch["key"], batch["creative"])
+    learnt = pc.is_in(batch["creative"], pc.unique(batch["creative"].filter(pa.array(split == splits.TRAIN))))
+    vectors = features.embedding_matrix(batch["embedding"]).copy()
+    # Of creatives that it has not learnt from, half of what this encoder says is wrong.
+    new = np.flatnonzero(~learnt.to_numpy(zero_copy_only=False))
+    wrong = np.random.default_rng(1).permutation(200)[[int(name or "0", 16) for name in batch["creative"].take(pa.array(new)).to_pylist()]]
+    by_creative = {name: vector for name, vector in zip(batch["creative"].to_pylist(), vectors, strict=True) if name}
+    vectors[new] += [by_creative[f"{number:064x}"] for number in wrong]
+    bent = batch.set_column(batch.schema.get_field_index("embedding"), "embedding", features.embedding_column(vectors))
+    told = train(tmp_path / "bent", bent)
+    assert told["trust_of_unseen_creatives"] < 0.75 < 0.9 < trained[1]["trust_of_unseen_creatives"]
 
 
 def test_a_new_encoder_renews_the_image_side_alone(

@@ -33,6 +33,18 @@ def test_a_vocabulary_grows_without_moving_what_is_there_and_stops_when_full() -
     assert Vocabulary.from_plain(grown.plain()).plain() == grown.plain()
 
 
+def test_a_full_vocabulary_gives_ids_of_values_that_are_gone_to_new_ones() -> None:
+    before = Vocabulary.of(np.sort(hashes_of(VALUES[:100], "x")))
+    grown, new = before.grown(np.sort(hashes_of(VALUES[50:400], "x")))
+    stayed = grown.ids(VALUES[50:100], "x")
+    np.testing.assert_array_equal(stayed, before.ids(VALUES[50:100], "x"))
+    gone, came = grown.ids(VALUES[:50], "x"), grown.ids(VALUES[100:400], "x")
+    assert (gone != UNKNOWN).sum() == 0 and (came != UNKNOWN).sum() == before.size - 2 - 50 == len(new)
+    assert sorted(came[came != UNKNOWN]) == sorted(new) and not set(new) & set(stayed)
+    # Where there is room, what is gone stays: it may come again.
+    assert (before.grown(np.sort(hashes_of(VALUES[50:110], "x")))[0].ids(VALUES[:50], "x") != UNKNOWN).all()
+
+
 def test_values_are_the_same_whether_they_come_as_codes_or_not() -> None:
     few, many = ["a", None, "b"] * 1000, [f"v{i}" for i in range(2000)] + [None]
     for values, repeats in ((few, True), (many, False), ([], True), ([None], False), ([3, 4, None, 3], True)):
