@@ -4,21 +4,20 @@ Rows travel as `pyarrow.RecordBatch` and nothing else. Whoever yields them decla
 Beam falls back to pickle without a word; a test asserts the coder on every edge.
 """
 
-import collections
 import dataclasses
 import pathlib
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
-from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
+from beam_jobs.threads import in_global_window
 from schemas import lake
 from schemas.checksum import crc32c
 from schemas.lake import Manifest, Receipt
@@ -31,8 +30,6 @@ SPILL_BYTES = 64 << 20
 # Batches of fewer rows are put together first, or their slices by shard would be of a few rows.
 _SMALL_ROWS = 16_384
 UNIT_ROWS = 1_000_000
-# Units that a bundle works on at a time, each with all of its rows in memory.
-_AT_A_TIME = 2
 
 
 class RecordBatchCoder(beam.coders.Coder):
@@ -137,85 +134,78 @@ class Repartition(beam.PTransform):
         )
 
 
-class InThreads(beam.DoFn):
-    """`function` of elements, two at a time, where one takes a second or more: on the local runner it is what uses the second core."""
-
-    def __init__(self, function: Callable[..., Any], *arguments: Any):
-        self._function, self._arguments = function, arguments
-
-    def start_bundle(self) -> None:
-        self._threads, self._pending = ThreadPoolExecutor(_AT_A_TIME), collections.deque[Future]()
-
-    def process(self, element: Any) -> Iterator[Any]:
-        self._pending.append(self._threads.submit(self._function, element, *self._arguments))
-        if len(self._pending) > _AT_A_TIME:
-            yield self._pending.popleft().result()
-
-    def finish_bundle(self) -> Iterator[WindowedValue]:
-        for done in self._pending:
-            yield _in_global_window(done.result())
-        self._threads.shutdown()
-
-
-def _in_global_window(value: Any) -> WindowedValue:
-    return WindowedValue(value, GlobalWindow().max_timestamp(), (GlobalWindow(),))
-
-
 class _Spill(beam.DoFn):
-    """Buffers batches and writes them out, sorted by shard, when there are enough or the bundle ends; the next come meanwhile."""
+    """Sorts batches by shard, and writes them out when there are enough or the bundle ends; in a thread of its own, while the next come."""
 
     def __init__(self, storage: Storage, spill: str, shards: int, assign: Callable[[pa.RecordBatch], np.ndarray]):
         self._storage, self._spill, self._shards, self._assign = storage, spill, shards, assign
 
     def start_bundle(self) -> None:
-        self._batches: list[pa.RecordBatch] = []
-        self._bytes = 0
+        self._small, self._sorted = list[pa.RecordBatch](), list[Future[list[ByShard]]]()
+        self._small_rows = self._bytes = 0
         self._thread, self._written = ThreadPoolExecutor(1), Future[list[tuple[int, Section]]]()
         self._written.set_result([])
 
     def process(self, batch: pa.RecordBatch) -> Iterator[tuple[int, Section]]:
-        self._batches.append(batch)
+        self._small.append(batch)
+        self._small_rows += batch.num_rows
         self._bytes += batch.nbytes
+        if self._small_rows >= _SMALL_ROWS or self._bytes >= SPILL_BYTES:
+            self._sort()
         if self._bytes >= SPILL_BYTES:
             yield from self._written.result()
-            self._written = self._thread.submit(self._write, self._batches)
-            self._batches, self._bytes = [], 0
+            self._written = self._thread.submit(self._write, self._sorted)
+            self._sorted, self._bytes = [], 0
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
-        for addressed in (*self._written.result(), *self._write(self._batches)):
-            yield _in_global_window(addressed)
+        self._sort()
+        last = self._thread.submit(self._write, self._sorted)
+        for addressed in (*self._written.result(), *last.result()):
+            yield in_global_window(addressed)
         self._thread.shutdown()
-        self._batches = []
+        self._sorted = []
 
-    def _write(self, batches: list[pa.RecordBatch]) -> list[tuple[int, Section]]:
-        if not sum(batch.num_rows for batch in batches):
+    def _sort(self) -> None:
+        self._sorted.append(self._thread.submit(by_shard, self._small, self._shards, self._assign))
+        self._small, self._small_rows = [], 0
+
+    def _write(self, blocks: list[Future[list["ByShard"]]]) -> list[tuple[int, Section]]:
+        # Done by now, since the thread is one.
+        found = [block for done in blocks for block in done.result()]
+        if not found:
             return []
         name = lake.unique(self._spill, "spill", ".arrows")
-        pieces, addressed = spill_sections(batches, self._shards, self._assign, name)
+        pieces, addressed = spill_sections(found, self._shards, name)
         self._storage.write(name, *pieces)
         return addressed
 
 
-def spill_sections(
-    batches: list[pa.RecordBatch], shards: int, assign: Callable[[pa.RecordBatch], np.ndarray], name: str
-) -> tuple[list[bytes], list[tuple[int, Section]]]:
-    """The bytes of one spill file, in pieces, and for each shard in it where its section lies."""
-    table = pa.Table.from_batches(batches)
-    if table.num_rows < _SMALL_ROWS * len(batches):
-        table = table.combine_chunks()
-    # Batch by batch, since rows are gathered faster from what the caches hold.
-    by_shard, bounds = [], []
-    for batch in table.to_batches(max_chunksize=BATCH_ROWS):
+class ByShard(NamedTuple):
+    """Rows in the order of their shards, and where each shard's begin and the last one's end, (shards + 1,) numbers."""
+
+    rows: pa.RecordBatch
+    bounds: list[int]
+
+
+def by_shard(batches: list[pa.RecordBatch], shards: int, assign: Callable[[pa.RecordBatch], np.ndarray]) -> list[ByShard]:
+    """The rows in blocks of up to `BATCH_ROWS`: they are gathered faster from what the caches hold."""
+    found = []
+    for batch in pa.Table.from_batches(batches).combine_chunks().to_batches(BATCH_ROWS) if batches else ():
         of_row = np.asarray(assign(batch))
         if len(of_row) and not 0 <= of_row.min() <= of_row.max() < shards:
             raise ValueError(f"rows are assigned to shards {of_row.min()} to {of_row.max()}; expected 0 to {shards - 1}")
         of_row = of_row.astype(np.min_scalar_type(shards))  # NumPy sorts small integers in linear time.
-        by_shard.append(batch.take(pa.array(np.argsort(of_row, kind="stable"))))
-        bounds.append(np.concatenate([[0], np.cumsum(np.bincount(of_row, minlength=shards))]).tolist())
+        bounds = np.concatenate([[0], np.cumsum(np.bincount(of_row, minlength=shards))])
+        found.append(ByShard(batch.take(pa.array(np.argsort(of_row, kind="stable"))), bounds.tolist()))
+    return found
+
+
+def spill_sections(blocks: list[ByShard], shards: int, name: str) -> tuple[list[bytes], list[tuple[int, Section]]]:
+    """The bytes of one spill file, in pieces, and for each shard in it where its section lies."""
     pieces, addressed, offset = [], [], 0
     for shard in range(shards):
-        cuts = ((batch, at[shard], at[shard + 1]) for batch, at in zip(by_shard, bounds, strict=True))
-        slices = [batch.slice(start, end - start) for batch, start, end in cuts if end > start]
+        cuts = ((block.rows, block.bounds[shard], block.bounds[shard + 1]) for block in blocks)
+        slices = [rows.slice(start, end - start) for rows, start, end in cuts if end > start]
         if not slices:
             continue
         rows = pa.Table.from_batches(slices).combine_chunks()
@@ -350,7 +340,7 @@ class WriteUnits(beam.DoFn):
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
         if self._open:
-            yield _in_global_window(self._open.close(self._storage, self._folder))
+            yield in_global_window(self._open.close(self._storage, self._folder))
 
 
 class _OpenUnit:

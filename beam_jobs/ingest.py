@@ -24,9 +24,10 @@ import pyarrow.compute as pc
 from apache_beam import pvalue
 
 from beam_jobs import duplicates, statistics
-from beam_jobs.arrow import CommitStage, InThreads, Repartition, ShardPair, Unit, pair_shards, read_table, shards_for
+from beam_jobs.arrow import CommitStage, Repartition, ShardPair, Unit, pair_shards, read_table, shards_for
 from beam_jobs.config import Config
 from beam_jobs.run import MonthRun
+from beam_jobs.threads import EachInThreads, InThreads
 from beam_jobs.workers import Listed
 from model.features import MONTH, is_mature
 from schemas import lake
@@ -80,7 +81,7 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun) -> None:
         | "Keys" >> beam.Map(duplicates.keyed).with_output_types(pa.RecordBatch)
         | "ShardByKey" >> Repartition(run.storage, run.spill, shards, by_key, unit_rows=None)
         | "SpreadKeys" >> beam.Reshuffle()
-        | "FindDuplicates" >> beam.FlatMap(duplicates.find_duplicates, run.storage).with_output_types(pa.RecordBatch)
+        | "FindDuplicates" >> beam.ParDo(EachInThreads(duplicates.find_duplicates, run.storage)).with_output_types(pa.RecordBatch)
     )
     turned_away = (
         later

@@ -15,9 +15,10 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 
-from beam_jobs.arrow import CommitStage, InThreads, Unit, read_unit, shards_for
+from beam_jobs.arrow import CommitStage, Unit, read_unit, shards_for
 from beam_jobs.run import MonthRun
 from beam_jobs.shard import CHUNK_ROWS, key_numbers, records, write_file
+from beam_jobs.threads import InThreads
 from beam_jobs.workers import read_by_shard
 from schemas import lake
 from schemas.lake import Manifest, Receipt

@@ -52,9 +52,10 @@ def ours(flags: argparse.Namespace) -> Told:
     clock = Clock()
     import apache_beam as beam
 
-    from beam_jobs.arrow import InThreads, Repartition, ShardPair, Unit, pair_shards, read_table, shards_for
+    from beam_jobs.arrow import Repartition, ShardPair, Unit, pair_shards, read_table, shards_for
     from beam_jobs.ingest import shard_of_image
     from beam_jobs.runner import run_pipeline
+    from beam_jobs.threads import InThreads
     from schemas.parquet import read_parquet
     from schemas.storage import Storage, open_storage
 

@@ -32,7 +32,7 @@ import pyarrow as pa
 from served import Server, eventually, serving
 
 from beam_jobs import lookup
-from beam_jobs.arrow import SPILL_BYTES, Unit, cut_into_units, shards_for, spill_sections
+from beam_jobs.arrow import SPILL_BYTES, Unit, by_shard, cut_into_units, shards_for, spill_sections
 from bench import harness
 from bench.harness import TOP, Bar
 from bench.serving_load import (
@@ -97,7 +97,7 @@ def build(storage: Folder, rows: int) -> float:
 
     def spill() -> None:
         name = lake.unique("spill", "spill", ".arrows")
-        pieces, addressed = spill_sections(batches, shards, lambda batch: lookup.shard_of_key(batch, shards), name)
+        pieces, addressed = spill_sections(by_shard(batches, shards, lambda batch: lookup.shard_of_key(batch, shards)), shards, name)
         storage.write(name, *pieces)
         for shard, section in addressed:
             sections[shard].append(section)

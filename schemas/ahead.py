@@ -2,7 +2,7 @@
 
 import collections
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -10,10 +10,13 @@ _END = object()
 
 
 def ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:
-    """The items in their order, made in a thread of their own, up to `depth` of them before they are asked for."""
+    """The items in their order, made in a thread of their own, up to `depth` of them before they are asked for, from now on."""
     made, thread = iter(items), ThreadPoolExecutor(1)
+    return _made(made, thread, collections.deque(thread.submit(next, made, _END) for _ in range(depth)))
+
+
+def _made(made: Iterator[T], thread: ThreadPoolExecutor, waiting: "collections.deque[Future[T | object]]") -> Iterator[T]:
     try:
-        waiting = collections.deque(thread.submit(next, made, _END) for _ in range(depth))
         while (item := waiting.popleft().result()) is not _END:
             waiting.append(thread.submit(next, made, _END))
             yield item  # type: ignore[misc]

@@ -187,7 +187,7 @@ def test_no_rows_no_units(storage: Folder) -> None:
 @pytest.mark.parametrize("damage", ["flipped", "cut"])
 def test_a_damaged_section_is_refused(storage: Folder, damage: str) -> None:
     batches = [numbered(0, 100)]
-    pieces, addressed = arrow.spill_sections(batches, 3, functools.partial(modulo, shards=3), "spill/a")
+    pieces, addressed = arrow.spill_sections(arrow.by_shard(batches, 3, functools.partial(modulo, shards=3)), 3, "spill/a")
     data = b"".join(pieces)
     middle, last = addressed[1][1], addressed[2][1]
     at = last.offset + last.length // 2

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from beam_jobs import creatives, embed
-from beam_jobs.arrow import Unit, spill_sections
+from beam_jobs.arrow import Unit, by_shard, spill_sections
 from beam_jobs.config import Config
 from beam_jobs.run import MonthRun, prepare
 from beam_jobs.runner import run_pipeline
@@ -147,7 +147,7 @@ def test_a_creative_in_two_packs_is_written_once(tmp_path: pathlib.Path) -> None
     storage, width = Folder(str(tmp_path)), encoder.EMBEDDING_WIDTH
     embeddings = embedding_column(np.repeat([[2.0], [1.0], [2.0]], width, axis=1))
     batch = pa.RecordBatch.from_pydict({"creative": ["b", "a", "b"], "shard": pa.array([0, 0, 0], pa.int32()), "embedding": embeddings})
-    pieces, ((shard, section),) = spill_sections([batch], 1, embed._shard_column, "spill")
+    pieces, ((shard, section),) = spill_sections(by_shard([batch], 1, embed._shard_column), 1, "spill")
     storage.write("spill", *pieces)
     receipt = embed.write_embeddings(Unit(shard, 0, (section,)), storage, "out")
     assert [(row["creative"], np.frombuffer(row["embedding"], np.float32)[0]) for row in rows(storage, [receipt.file])] == [

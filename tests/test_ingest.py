@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from beam_jobs import duplicates, ingest, statistics
-from beam_jobs.arrow import Unit, shards_for, spill_sections
+from beam_jobs.arrow import Unit, by_shard, shards_for, spill_sections
 from beam_jobs.config import Config
 from beam_jobs.run import MonthRun, prepare
 from beam_jobs.runner import run_pipeline
@@ -223,7 +223,7 @@ def test_keys_that_share_a_hash_are_told_apart(tmp_path: pathlib.Path, monkeypat
         dict(zip(duplicates.KEYED.names, [list("abcab"), [5, 1, 2, 3, 4], [0] * 5], strict=True)), duplicates.KEYED
     )
     storage = Folder(str(tmp_path))
-    pieces, addressed = spill_sections([batch], 1, lambda batch: np.zeros(len(batch), np.int64), "spill")
+    pieces, addressed = spill_sections(by_shard([batch], 1, lambda batch: np.zeros(len(batch), np.int64)), 1, "spill")
     storage.write("spill", *pieces)
     found = duplicates.find_duplicates(Unit(0, 0, (addressed[0][1],)), storage)
     rows = pa.Table.from_batches(found, duplicates.KEYED).sort_by(duplicates.ORIGIN).to_pylist()
