@@ -24,6 +24,8 @@ Z_TWO_SIDED = 1.959964
 # Probabilities are binned by log-odds for the metrics that depend on their order, finely enough that ROC AUC is off by less than 1e-4.
 _LOGIT_END, _BINS = 16.0, 1024
 _ECE_BINS = 20
+# For their intervals so many replicates are enough, and so many of these bins in one.
+_BY_ORDER, _COARSER = 100, 8
 _BLOCK = 4096
 _SHARED, _EACH = 2, 3  # columns of `Slice.sums`: impressions and clicks, then of each model log loss, predicted clicks, squared error
 Segment = tuple[str, str | None]  # a column and one of its values; overall, warm and cold have none
@@ -38,14 +40,16 @@ class Slice:
         sums: float64 (1 + replicates, 2 + 3 x models): impressions and clicks, then of each model the log loss in nats, the predicted
             clicks and the squared error. The first row has the sums themselves, each other one those of a bootstrap replicate.
         bins: float64 (models, 3, bins): impressions, clicks and predicted clicks by the model's log-odds.
+        drawn: float32 (models, 3, replicates, coarser bins): the same of the first bootstrap replicates.
     """
 
     rows: int
     sums: np.ndarray
     bins: np.ndarray
+    drawn: np.ndarray
 
     def __add__(self, other: "Slice") -> "Slice":
-        return Slice(self.rows + other.rows, self.sums + other.sums, self.bins + other.bins)
+        return Slice(self.rows + other.rows, self.sums + other.sums, self.bins + other.bins, self.drawn + other.drawn)
 
     @property
     def impressions(self) -> float:
@@ -66,15 +70,15 @@ class Slice:
     def metrics(self, model: int) -> dict[str, float | int | None]:
         """Metrics of one model by the names of the quality table; None where undefined."""
         impressions, clicks = self.sums[:, 0], self.sums[:, 1]
-        entropy = impressions * _entropy(clicks, impressions)
-        shown = self.impressions or math.nan
-        out = {"log_loss": _number(self.loss(model)[0] / shown)}
-        out |= _with_interval("normalized_entropy", self.loss(model), entropy)
+        told = _by_bins(self.bins[model])
+        drawn = [_by_bins(bins) for bins in self.drawn[model].swapaxes(0, 1)]
+        out: dict[str, float | int | None] = {"rows": self.rows, "impressions": self.impressions, "clicks": self.clicks}
+        out |= _with_interval("log_loss", self.loss(model), impressions)
+        out |= _with_interval("normalized_entropy", self.loss(model), impressions * _entropy(clicks, impressions))
         out |= _with_interval("calibration", self.predicted(model), clicks)
-        by_order = _by_order(self.bins[model]) if 0 < self.clicks < self.impressions else dict.fromkeys(("roc_auc", "pr_auc"))
-        brier = _number(self.sums[0, _SHARED + _EACH * model + 2] / shown)
-        ece = _calibration_error(self.bins[model]) if self.impressions else None
-        return {"rows": self.rows, "impressions": self.impressions, "clicks": self.clicks, **out, "ece": ece, **by_order, "brier": brier}
+        for name, value in told.items():
+            out |= _around(name, value, np.array([one[name] for one in drawn]))
+        return out | _with_interval("brier", self.sums[:, _SHARED + _EACH * model + 2], impressions)
 
     def reliability(self, model: int) -> list[list[float]]:
         """Impressions, clicks and predicted clicks by the model's probability, lowest first, in bins of about equal impressions."""
@@ -142,17 +146,18 @@ def evaluate(
     values = np.stack(columns, axis=1)
     chosen: dict[Segment, np.ndarray] = {(OVERALL, None): np.arange(rows), **slices} if rows else {}
     sums = {segment: np.zeros((1 + replicates, values.shape[1])) for segment in chosen}
+    drawn = {segment: np.zeros((models, 3, min(replicates, _BY_ORDER), _BINS // _COARSER), np.float32) for segment in chosen}
     for segment, where in chosen.items():
         sums[segment][0] = values[where].sum(axis=0)
     if replicates and chosen:
-        _replicate(values, clusters, chosen, sums)
+        _replicate(values, places, clusters, chosen, sums, drawn)
     out = {}
     for segment, where in chosen.items():
         bins = np.empty((models, 3, _BINS))
         for model, place in enumerate(places):
-            for i, column in enumerate((0, 1, _SHARED + _EACH * model + 1)):
+            for i, column in enumerate(_binned(model)):
                 bins[model, i] = np.bincount(place[where], values[where, column], _BINS)
-        out[segment] = Slice(len(where), sums[segment], bins)
+        out[segment] = Slice(len(where), sums[segment], bins, drawn[segment])
     return Evaluation(tuple(predictions), out)
 
 
@@ -161,20 +166,42 @@ def clusters_of(batch: pa.RecordBatch) -> np.ndarray:
     return hash64_column(pc.coalesce(batch["creative"], batch["key"]), salted("bootstrap"))
 
 
-def _replicate(values: np.ndarray, clusters: np.ndarray, chosen: Mapping[Segment, np.ndarray], sums: Mapping[Segment, np.ndarray]) -> None:
-    """Add the sums of all replicates to `sums`, a block of clusters at a time."""
+def _binned(model: int) -> tuple[int, int, int]:
+    """The columns of the sums that are also counted by the model's log-odds."""
+    return 0, 1, _SHARED + _EACH * model + 1
+
+
+def _replicate(
+    values: np.ndarray,
+    places: list[np.ndarray],
+    clusters: np.ndarray,
+    chosen: Mapping[Segment, np.ndarray],
+    sums: Mapping[Segment, np.ndarray],
+    drawn: Mapping[Segment, np.ndarray],
+) -> None:
+    """Add the sums of all replicates to `sums`, and of the first ones by log-odds to `drawn`, a block of clusters at a time."""
     known, cluster = np.unique(clusters, return_inverse=True)
     totals = {}
     for segment, where in chosen.items():
         # Rows of one cluster have one weight, so they are summed before anything is weighted.
         present, inverse = np.unique(cluster[where], return_inverse=True)
         summed = [np.bincount(inverse, values[where, column], len(present)) for column in range(values.shape[1])]
-        totals[segment] = present, np.stack(summed, axis=1)
+        order = np.argsort(inverse)
+        totals[segment] = present, np.stack(summed, axis=1), where[order], inverse[order]
     for start in range(0, len(known), _BLOCK):
         weights = _weights(known[start : start + _BLOCK], len(next(iter(sums.values()))) - 1)
-        for segment, (present, total) in totals.items():
+        for segment, (present, total, where, inverse) in totals.items():
             first, last = np.searchsorted(present, (start, start + _BLOCK))
-            sums[segment][1:] += weights[present[first:last] - start].T @ total[first:last]
+            weight = weights[present[first:last] - start].T
+            sums[segment][1:] += weight @ total[first:last]
+            begin, end = np.searchsorted(inverse, (first, last))
+            rows, own = where[begin:end], inverse[begin:end] - first
+            for model, place in enumerate(places):
+                # Few bins have any row.
+                bins, at = np.unique(place[rows] // _COARSER, return_inverse=True)
+                for i, column in enumerate(_binned(model)):
+                    each = np.bincount(own * len(bins) + at, values[rows, column], (last - first) * len(bins))
+                    drawn[segment][model, i][:, bins] += weight[:_BY_ORDER] @ each.reshape(last - first, len(bins))
 
 
 def _weights(clusters: np.ndarray, replicates: int) -> np.ndarray:
@@ -217,6 +244,12 @@ def _with_interval(name: str, above: np.ndarray, below: np.ndarray) -> dict[str,
     return {name: _number(math.exp(ratio)), **{name + end: _number(math.exp(ratio + z * error)) for end, z in ends.items()}}
 
 
+def _around(name: str, value: float, drawn: np.ndarray) -> dict[str, float | None]:
+    """A number with its 95 % interval, by the standard deviation of what replicates have."""
+    error = float(np.std(drawn, ddof=1)) if len(drawn) > 1 else math.nan
+    return {name: _number(value), f"{name}_low": _number(value - Z_TWO_SIDED * error), f"{name}_high": _number(value + Z_TWO_SIDED * error)}
+
+
 def _number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
@@ -229,14 +262,17 @@ def _equal_bins(bins: np.ndarray) -> np.ndarray:
     return np.diff(np.concatenate([np.zeros((3, 1)), np.cumsum(bins, axis=1)], axis=1)[:, ends], axis=1)
 
 
-def _calibration_error(bins: np.ndarray) -> float:
-    """Expected calibration error on bins of equal impressions."""
+def _by_bins(bins: np.ndarray) -> dict[str, float]:
+    """What depends on the order of a model's log-odds, of its bins, shape (3, bins); NaN where undefined.
+
+    ECE is the expected calibration error on bins of equal impressions; then come the areas under the ROC curve, ties counted half, and
+    under the precision-recall curve (Davis and Goadrich 2006).
+    """
     impressions, clicks, predicted = _equal_bins(bins)
-    return float(np.abs(predicted - clicks).sum() / impressions.sum())
-
-
-def _by_order(bins: np.ndarray) -> dict[str, float | None]:
-    """Areas under the ROC curve, ties counted half, and under the precision-recall curve (Davis and Goadrich 2006)."""
+    shown, clicked = impressions.sum(), clicks.sum()
+    if not 0 < clicked < shown:
+        error = np.abs(predicted - clicks).sum() / shown if shown else math.nan
+        return {"ece": float(error), "roc_auc": math.nan, "pr_auc": math.nan}
     positives, negatives = bins[1][::-1], (bins[0] - bins[1])[::-1]
     hits, misses = np.cumsum(positives), np.cumsum(negatives)
     roc_auc = np.sum(positives * (misses[-1] - misses + negatives / 2)) / (hits[-1] * misses[-1])
@@ -247,11 +283,12 @@ def _by_order(bins: np.ndarray) -> dict[str, float | None]:
     before = above - positives - negatives
     rest = before - slope * (hits - positives)
     area = (positives - rest / slope * np.log(above / np.where(before > 0, before, above))) / slope
-    return {"roc_auc": float(roc_auc), "pr_auc": float(area.sum() / hits[-1])}
+    ece = np.abs(predicted - clicks).sum() / shown
+    return {"ece": float(ece), "roc_auc": float(roc_auc), "pr_auc": float(area.sum() / hits[-1])}
 
 
 def _nothing(models: int) -> Slice:
-    return Slice(0, np.zeros((1, _SHARED + _EACH * models)), np.zeros((models, 3, _BINS)))
+    return Slice(0, np.zeros((1, _SHARED + _EACH * models)), np.zeros((models, 3, _BINS)), np.zeros((models, 3, 0, 1), np.float32))
 
 
 def quality(evaluation: Evaluation, columns: Mapping[str, Any], versions: Mapping[str, str | None]) -> pa.RecordBatch:

@@ -12,6 +12,7 @@ from model.evaluation import (
     OVERALL,
     REPLICATES,
     WARM,
+    Z_TWO_SIDED,
     Evaluation,
     Slice,
     _poisson_table,
@@ -140,6 +141,7 @@ def test_parts_merge_to_the_whole_replicates_too(cuts: list[int]) -> None:
         assert parts.slices[segment].rows == whole.slices[segment].rows
         np.testing.assert_allclose(parts.slices[segment].sums, whole.slices[segment].sums, rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(parts.slices[segment].bins, whole.slices[segment].bins, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(parts.slices[segment].drawn, whole.slices[segment].drawn, rtol=1e-5, atol=1e-5)
 
 
 def test_a_cluster_has_one_poisson_weight_a_replicate_wherever_it_is() -> None:
@@ -168,6 +170,30 @@ def test_intervals_hold_the_truth_19_times_in_20(size: int) -> None:
     assert 0.89 <= held / trials <= 0.99
 
 
+def test_a_replicate_is_the_rows_as_often_as_it_has_drawn_them() -> None:
+    clicks, impressions, probability = rows(6000)
+    clusters = np.random.default_rng(1).integers(0, 1 << 63, 5000).astype(np.uint64)[np.arange(6000) % 5000]
+    found = evaluate(clicks, impressions, {"m0": probability}, clusters, {HALF: np.arange(1000, 4000)}).slices[HALF]
+    for replicate in (0, 1, 99):
+        often = _weights(clusters, REPLICATES)[:, replicate]
+        again = evaluate(clicks * often, impressions * often, {"m0": probability}, clusters, {HALF: np.arange(1000, 4000)}, 0).slices[HALF]
+        np.testing.assert_allclose(found.sums[1 + replicate], again.sums[0], rtol=1e-9)
+        coarser = again.bins.reshape(1, 3, found.drawn.shape[3], -1).sum(axis=3)
+        np.testing.assert_allclose(found.drawn[:, :, replicate], coarser, rtol=1e-5)
+
+
+def test_the_intervals_of_all_metrics_are_as_wide_as_other_draws_of_the_rows_differ() -> None:
+    told = []
+    for seed in range(60):
+        clicks, impressions, probability = rows(800, seed)
+        told.append(judged(clicks, impressions, probability, replicates=REPLICATES).overall.metrics(0))
+    for name in METRICS:
+        spread = np.std([one[name] for one in told])
+        width = np.mean([one[f"{name}_high"] - one[f"{name}_low"] for one in told]) / (2 * Z_TWO_SIDED)
+        assert 0.7 < width / spread < 1.4, name
+        assert all(one[f"{name}_low"] < one[name] < one[f"{name}_high"] for one in told)
+
+
 def test_predicting_the_base_rate_has_a_normalized_entropy_of_one() -> None:
     clicks, impressions, _ = rows(300)
     metrics = judged(clicks, impressions, np.full(300, clicks.sum() / impressions.sum()), replicates=REPLICATES).overall.metrics(0)
@@ -175,14 +201,15 @@ def test_predicting_the_base_rate_has_a_normalized_entropy_of_one() -> None:
     assert metrics["normalized_entropy_low"] <= 1 <= metrics["normalized_entropy_high"]
 
 
+METRICS = ("log_loss", "normalized_entropy", "calibration", "ece", "roc_auc", "pr_auc", "brier")
 ALWAYS = {"rows", "clicks", "impressions"}
-INTERVALS = {f"{name}_{end}" for name in ("normalized_entropy", "calibration") for end in ("low", "high")}
+INTERVALS = {f"{name}_{end}" for name in METRICS for end in ("low", "high")}
 
 
 @pytest.mark.parametrize(
     ("clicks", "impressions", "undefined"),
     [
-        ([], [], {"log_loss", "normalized_entropy", "calibration", "ece", "roc_auc", "pr_auc", "brier"}),
+        ([], [], set(METRICS)),
         ([0, 0], [5, 5], {"normalized_entropy", "calibration", "roc_auc", "pr_auc"}),
         ([5, 5], [5, 5], {"normalized_entropy", "roc_auc", "pr_auc"}),
         ([1, 0], [5, 5], set()),
@@ -218,4 +245,4 @@ def test_the_quality_table_has_every_slice_of_every_model() -> None:
         assert {name: row[name] for name in metrics} == metrics
     assert set(tables.schema("quality").names) == {*same, "model", "model_version", "segment", "value", *metrics}
     assert {WARM, COLD, OVERALL} == {"warm", "cold", "overall"}
-    assert Slice(0, np.zeros((1, 5)), np.zeros((1, 3, 4))).impressions == 0
+    assert Slice(0, np.zeros((1, 5)), np.zeros((1, 3, 4)), np.zeros((1, 3, 0, 4))).impressions == 0
