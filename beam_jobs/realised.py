@@ -193,7 +193,7 @@ def ruled(part: Part, warn: float, scratch: float, abort: float) -> dict[str, An
         action = WARN if least and off > warn else OK
         if learnt:
             _, least = _off(learnt, _SURE)
-            constant = learnt.metrics(0)["normalized_entropy_low"] or 0.0
+            constant = learnt.ratios(0)["normalized_entropy_low"] or 0.0
             action = STOP if least > abort else SCRATCH if least > scratch or constant > 1 else action
         judged = {key: found for key, found in part.evaluation.segments.items() if found.clicks >= gate.MIN_SEGMENT_CLICKS}
         level = 1 - _FAMILY_WISE / (2 * max(len(judged), 1))
@@ -277,7 +277,7 @@ def _positions(batch: pa.RecordBatch, contract: Contract) -> np.ndarray:
 
 
 def _row(segment: str, value: str | None, found: Slice) -> dict[str, Any]:
-    metrics = found.metrics(0)
+    metrics = found.ratios(0)
     short = {"normalized_entropy": "ne", "calibration": "calibration"}
     named = {new + end: metrics[old + end] for old, new in short.items() for end in ("", "_low", "_high")}
     counts = {"impressions": int(found.impressions), "clicks": int(found.clicks)}

@@ -69,16 +69,21 @@ class Slice:
 
     def metrics(self, model: int) -> dict[str, float | int | None]:
         """Metrics of one model by the names of the quality table; None where undefined."""
-        impressions, clicks = self.sums[:, 0], self.sums[:, 1]
-        told = _by_bins(self.bins[model])
         drawn = [_by_bins(bins) for bins in self.drawn[model].swapaxes(0, 1)]
-        out: dict[str, float | int | None] = {"rows": self.rows, "impressions": self.impressions, "clicks": self.clicks}
-        out |= _with_interval("log_loss", self.loss(model), impressions)
-        out |= _with_interval("normalized_entropy", self.loss(model), impressions * _entropy(clicks, impressions))
-        out |= _with_interval("calibration", self.predicted(model), clicks)
-        for name, value in told.items():
+        out = {"rows": self.rows, "impressions": self.impressions, "clicks": self.clicks, **self.ratios(model)}
+        for name, value in _by_bins(self.bins[model]).items():
             out |= _around(name, value, np.array([one[name] for one in drawn]))
-        return out | _with_interval("brier", self.sums[:, _SHARED + _EACH * model + 2], impressions)
+        return out
+
+    def ratios(self, model: int) -> dict[str, float | None]:
+        """Those of the metrics that are ratios of sums."""
+        impressions, clicks = self.sums[:, 0], self.sums[:, 1]
+        return {
+            **_with_interval("log_loss", self.loss(model), impressions),
+            **_with_interval("normalized_entropy", self.loss(model), impressions * _entropy(clicks, impressions)),
+            **_with_interval("calibration", self.predicted(model), clicks),
+            **_with_interval("brier", self.sums[:, _SHARED + _EACH * model + 2], impressions),
+        }
 
     def reliability(self, model: int) -> list[list[float]]:
         """Impressions, clicks and predicted clicks by the model's probability, lowest first, in bins of about equal impressions."""

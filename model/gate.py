@@ -100,7 +100,7 @@ def _judged(evaluation: Evaluation, first: bool, max_ne_loss: float) -> tuple[st
     """What was found in words, and what the candidate is refused for, each by a name and in words with the numbers."""
     overall, models, refused = evaluation.overall, evaluation.models, {}
     candidate = models.index(CANDIDATE)
-    told = [f"normalized entropy {overall.metrics(candidate)['normalized_entropy'] or math.nan:.5f}"]
+    told = [f"normalized entropy {overall.ratios(candidate)['normalized_entropy'] or math.nan:.5f}"]
     margins = {BASE_RATE: 0.0} if first else {CHAMPION: max_ne_loss, EARLIER_CHAMPION: 2 * max_ne_loss}
     for peer, margin in margins.items():
         if peer in models:
@@ -145,7 +145,7 @@ def bias(evaluation: Evaluation) -> list[dict[str, Any]]:
     found = []
     for (segment, value), part in evaluation.segments.items():
         if part.clicks >= MIN_SEGMENT_CLICKS:
-            metrics = part.metrics(evaluation.models.index(CANDIDATE))
+            metrics = part.ratios(evaluation.models.index(CANDIDATE))
             low, high = metrics["calibration_low"], metrics["calibration_high"]
             if low is not None and high is not None and not low <= 1 <= high:
                 found.append({"segment": segment, "value": value, **{name: metrics[name] for name in names}})
@@ -174,7 +174,7 @@ def _biased(part: dict[str, Any]) -> str:
 
 def _calibration(found: Slice, model: int) -> tuple[str, bool]:
     """Predicted over actual clicks in words, and whether they may be within the limits."""
-    metrics = found.metrics(model)
+    metrics = found.ratios(model)
     low, high = (metrics[name] or math.nan for name in ("calibration_low", "calibration_high"))
     text = f"calibration {metrics['calibration']:.3f} ({low:.3f} to {high:.3f}, limits {CALIBRATION[0]} and {CALIBRATION[1]})"
     return text, low <= CALIBRATION[1] and high >= CALIBRATION[0]

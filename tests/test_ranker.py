@@ -286,3 +286,29 @@ def test_position_adds_the_same_to_the_log_odds_of_every_row(loaded: Ranker, bat
     assert np.allclose(np.log(there / (1 - there)), np.log(at / (1 - at)) + added, atol=1e-4)
     assert np.abs(added[positions == 1]).max() < 1e-9 and len(np.unique(added)) == 4
     assert np.isfinite(position_effect(loaded, CONTRACT, np.array([np.nan, 1.0, 99.0]))).all()
+
+
+def test_an_epoch_takes_a_share_of_old_months_rows_and_of_the_impressions_without_a_click() -> None:
+    rng = np.random.default_rng(0)
+    impressions = rng.integers(1, 20, 40_000).astype(np.float32)
+    arrays = {
+        "number": np.arange(40_000),
+        "month": np.repeat(np.array([0, 1], np.int32), 20_000),
+        "clicks": rng.binomial(impressions.astype(int), 0.1).astype(np.float32),
+        "impressions": impressions,
+    }
+    assert training.taken(arrays, np.ones(2), 1.0, rng) is arrays
+    found = training.taken(arrays, np.array([0.25, 1.0]), 1.0, rng)
+    old = found["month"] == 0
+    assert old.sum() == pytest.approx(5000, rel=0.05) and (~old).sum() == 20_000 and "offset" not in found
+    # A row that is taken stands for those that are not.
+    for name in ("clicks", "impressions"):
+        np.testing.assert_array_equal(found[name], arrays[name][found["number"]] * np.where(old, 4, 1))
+    again = training.taken(arrays, np.array([0.25, 1.0]), 1.0, rng)
+    assert set(again["number"][again["month"] == 0].tolist()) != set(found["number"][old].tolist())
+    thinned = training.taken(arrays, np.ones(2), 0.2, rng)
+    assert thinned["clicks"].sum() == arrays["clicks"].sum() and (thinned["impressions"] >= thinned["clicks"]).all()
+    without = arrays["impressions"].sum() - arrays["clicks"].sum()
+    assert thinned["impressions"].sum() - thinned["clicks"].sum() == pytest.approx(0.2 * without, rel=0.02)
+    # What is fitted is the model's log-odds and this, so the model's own are those of all impressions.
+    np.testing.assert_allclose(thinned["offset"], -np.log(0.2), rtol=1e-6)
