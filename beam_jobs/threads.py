@@ -25,9 +25,9 @@ class InThreads(beam.DoFn):
         self._threads, self._pending = ThreadPoolExecutor(_AT_A_TIME), collections.deque[Iterator[Any]]()
 
     def process(self, element: Any) -> Iterator[Any]:
-        self._pending.append(self._begin(element))
-        if len(self._pending) > _AT_A_TIME:
+        if len(self._pending) == _AT_A_TIME:
             yield from self._pending.popleft()
+        self._pending.append(self._begin(element))
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
         for made in self._pending:

@@ -13,8 +13,8 @@ import numpy as np
 # Prior precision of the slope around 1, and of the height around what the slope's rows say of it: a few clicks move them little.
 _SLOPE_PRECISION, _HEIGHT_PRECISION = 400.0, 30.0
 _LEAST_SLOPE = 0.2
-# Of the change of trust around none.
-_TRUST_PRECISION = 100.0
+# Of the change of trust around none; and how much more it may become.
+_TRUST_PRECISION, _MOST_TRUST = 100.0, 0.5
 
 
 def fit(logits: np.ndarray, effects: np.ndarray, clicks: np.ndarray, impressions: np.ndarray) -> tuple[float, float]:
@@ -38,19 +38,23 @@ def height(logits: np.ndarray, effects: np.ndarray, clicks: np.ndarray, impressi
     return float(line[0])
 
 
-def trust(logits: np.ndarray, slopes: np.ndarray, clicks: np.ndarray, impressions: np.ndarray) -> float:
-    """By how much more or less than 1 to multiply the embeddings of creatives that neither encoder nor ranker has learnt from, from -1 on.
+def trust(logits: np.ndarray, slopes: np.ndarray, clicks: np.ndarray, impressions: np.ndarray) -> tuple[float, float]:
+    """By how much more or less than 1 to multiply the embeddings of creatives that neither encoder nor ranker has learnt from.
 
     Of what it has learnt from, an encoder says more than it would of anything else, and so a ranker that learns from the same creatives
-    trusts it too far. What this does to the height of these rows is left to the other fits.
+    trusts it too far. It is what it says of one creative against another that is too much, and not of all together.
 
     Args: arrays of shape (rows,), of rows of such creatives.
         logits: as they are with the whole embedding.
         slopes: how they change with the factor.
+
+    Returns:
+        The change of the factor, and what is to be added to these rows' log-odds for their mean to stay.
     """
     inputs = np.stack([slopes, np.ones(len(slopes))], axis=1).astype(np.float64)
-    change = _newton(inputs, logits.astype(np.float64), impressions, clicks, np.zeros(2), np.array([_TRUST_PRECISION, 1.0]))
-    return max(float(change[0]), -1.0)
+    found = _newton(inputs, logits.astype(np.float64), impressions, clicks, np.zeros(2), np.array([_TRUST_PRECISION, 1e-6]))
+    change = float(np.clip(found[0], -1.0, _MOST_TRUST))
+    return change, -change * float(np.average(slopes, weights=impressions))
 
 
 def _half_way(effects: np.ndarray, impressions: np.ndarray, clicks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

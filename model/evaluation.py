@@ -25,7 +25,7 @@ Z_TWO_SIDED = 1.959964
 _LOGIT_END, _BINS = 16.0, 1024
 _ECE_BINS = 20
 # For their intervals so many replicates are enough, and so many of these bins in one.
-_BY_ORDER, _COARSER = 100, 8
+_BY_ORDER, _COARSER = 60, 4
 _BLOCK = 4096
 _SHARED, _EACH = 2, 3  # columns of `Slice.sums`: impressions and clicks, then of each model log loss, predicted clicks, squared error
 Segment = tuple[str, str | None]  # a column and one of its values; overall, warm and cold have none
@@ -40,16 +40,23 @@ class Slice:
         sums: float64 (1 + replicates, 2 + 3 x models): impressions and clicks, then of each model the log loss in nats, the predicted
             clicks and the squared error. The first row has the sums themselves, each other one those of a bootstrap replicate.
         bins: float64 (models, 3, bins): impressions, clicks and predicted clicks by the model's log-odds.
-        drawn: float32 (models, 3, replicates, coarser bins): the same of the first bootstrap replicates.
+        drawn: float32 (models, 3, replicates, coarser bins): the same of the first bootstrap replicates; without the empty ends, since a
+            merge holds those of many units.
+        first: the coarser bin that these begin with.
     """
 
     rows: int
     sums: np.ndarray
     bins: np.ndarray
     drawn: np.ndarray
+    first: int
 
     def __add__(self, other: "Slice") -> "Slice":
-        return Slice(self.rows + other.rows, self.sums + other.sums, self.bins + other.bins, self.drawn + other.drawn)
+        first, end = min(self.first, other.first), max(part.first + part.drawn.shape[3] for part in (self, other))
+        drawn = np.zeros((*self.drawn.shape[:3], end - first), np.float32)
+        for part in (self, other):
+            drawn[..., part.first - first :][..., : part.drawn.shape[3]] += part.drawn
+        return Slice(self.rows + other.rows, self.sums + other.sums, self.bins + other.bins, drawn, first)
 
     @property
     def impressions(self) -> float:
@@ -162,7 +169,9 @@ def evaluate(
         for model, place in enumerate(places):
             for i, column in enumerate(_binned(model)):
                 bins[model, i] = np.bincount(place[where], values[where, column], _BINS)
-        out[segment] = Slice(len(where), sums[segment], bins, drawn[segment])
+        there = np.flatnonzero(bins[:, 0].any(axis=0)) // _COARSER
+        span = slice(there.min(initial=0), there.max(initial=0) + 1)
+        out[segment] = Slice(len(where), sums[segment], bins, drawn[segment][..., span].copy(), span.start)
     return Evaluation(tuple(predictions), out)
 
 
@@ -250,9 +259,10 @@ def _with_interval(name: str, above: np.ndarray, below: np.ndarray) -> dict[str,
 
 
 def _around(name: str, value: float, drawn: np.ndarray) -> dict[str, float | None]:
-    """A number with its 95 % interval, by the standard deviation of what replicates have."""
+    """A number from 0 to 1 with its 95 % interval, by the standard deviation of what replicates have."""
     error = float(np.std(drawn, ddof=1)) if len(drawn) > 1 else math.nan
-    return {name: _number(value), f"{name}_low": _number(value - Z_TWO_SIDED * error), f"{name}_high": _number(value + Z_TWO_SIDED * error)}
+    low, high = np.clip([value - Z_TWO_SIDED * error, value + Z_TWO_SIDED * error], 0, 1).tolist()
+    return {name: _number(value), f"{name}_low": _number(low), f"{name}_high": _number(high)}
 
 
 def _number(value: float) -> float | None:
@@ -293,7 +303,7 @@ def _by_bins(bins: np.ndarray) -> dict[str, float]:
 
 
 def _nothing(models: int) -> Slice:
-    return Slice(0, np.zeros((1, _SHARED + _EACH * models)), np.zeros((models, 3, _BINS)), np.zeros((models, 3, 0, 1), np.float32))
+    return Slice(0, np.zeros((1, _SHARED + _EACH * models)), np.zeros((models, 3, _BINS)), np.zeros((models, 3, 0, 1), np.float32), 0)
 
 
 def quality(evaluation: Evaluation, columns: Mapping[str, Any], versions: Mapping[str, str | None]) -> pa.RecordBatch:

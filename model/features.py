@@ -185,11 +185,14 @@ class Fitter:
         places = (*self._numerics, contract.position) if contract.position else self._numerics
         self._sketches = {column.name: QuantilesSketch(1e-3, 1 << 40, 1) for column in places}
 
-    def add(self, batch: pa.RecordBatch) -> None:
-        """Take in feature values: TRAIN rows, labelled or not. No outcome is looked at."""
+    def add(self, batch: pa.RecordBatch, labelled: pa.RecordBatch) -> None:
+        """Take in feature values: TRAIN rows, and those of them that have an outcome, which is not looked at.
+
+        Only values of the latter are given ids: of others nothing is learnt, so they are as unknown as those that come later.
+        """
         for name, seen in self._seen.items():
             # Past the bound those of the lowest hashes stay, whatever order they came in.
-            self._seen[name] = np.union1d(seen, present(batch[name], name))[:MAX_VALUES]
+            self._seen[name] = np.union1d(seen, present(labelled[name], name))[:MAX_VALUES]
         for name, sketch in self._sketches.items():
             values = _numbers(batch[name])
             sketch.AddValues(pa.array(values[np.isfinite(values)]))

@@ -50,10 +50,14 @@ def build(features: Features, base_rate: float, dropout: float = 0.1) -> Any:
     }
     added, seen = [], dict(inputs)
     if "embedding" in inputs:
-        # Never trained: calibration sets it, and 0 is to trust the embedding of a creative without an id as that of any other.
-        unseen = keras.ops.cast(keras.ops.equal(inputs["creative"], UNKNOWN), "float32")
-        trust = layers.Dense(1, use_bias=False, kernel_initializer="zeros", trainable=False, name="trust")(unseen)
+        # Never trained: calibration sets them, and 0 is to trust the embedding of a creative without an id as that of any other.
+        unseen = keras.ops.cast(keras.ops.equal(inputs["creative"], UNKNOWN), "float32") * inputs["has_image"]
+        trust, height = (
+            layers.Dense(1, use_bias=False, kernel_initializer="zeros", trainable=False, name=name)(unseen)
+            for name in ("trust", "trust_height")
+        )
         seen["embedding"] = layers.Multiply()([inputs["embedding"], trust + 1.0])
+        added.append(height)
     parts = [seen[name] for name in _DENSE if name in seen]
     if "categorical" in inputs:
         # All columns share one table, each with its own range of rows: one gather instead of one a column.

@@ -54,6 +54,9 @@ class Vocabulary:
         Where ids run out, those of values that are not among the hashes are given out again; what finds no room even so is left out.
         """
         new, gone = np.setdiff1d(hashes, self.hashes, assume_unique=True), ~np.isin(self.hashes, hashes)
+        if len(hashes) == MAX_VALUES:
+            # Those with higher hashes were left out, and may be there.
+            gone &= self.hashes < hashes[-1]
         room = self.size - FIRST_ID - len(self.hashes)
         new = new[: room + np.count_nonzero(gone)]
         freed = np.flatnonzero(gone)[: max(len(new) - room, 0)]

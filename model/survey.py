@@ -65,15 +65,16 @@ def survey(
         kept, split = learnable(batch)
         train = kept.filter(pa.array(split == splits.TRAIN))
         clicks, impressions = outcomes(train, contract)
-        fitter.add(train)
-        guard.add(train, clicks, impressions)
         known, month = impressions > 0, month_of(train)
+        labelled = train.filter(pa.array(known))
+        fitter.add(train, labelled)
+        guard.add(train, clicks, impressions)
         if known.any():
             rows, some_clicks, some_impressions = months.get(month, (0, 0.0, 0.0))
             more = int(known.sum()), float(clicks.sum(dtype=np.float64)), float(impressions.sum(dtype=np.float64))
             months[month] = (rows + more[0], some_clicks + more[1], some_impressions + more[2])
             if with_history:
-                tallies.add(train.filter(pa.array(known)), month, clicks[known], impressions[known])
+                tallies.add(labelled, month, clicks[known], impressions[known])
     found = Survey(Features(contract, (), (), (), 0), [], months)
     if not 0 < found.clicks < found.impressions:
         raise NothingToLearnError(

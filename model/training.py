@@ -133,11 +133,19 @@ def train_ranker(
     log_odds, effects = log_odds_of(model, levels), _effects(model)
     rest, hats, clicks, impressions = _concatenated(_without_position(tune, log_odds, effects))
     # Where training was short, what it learnt of the position is as much too small as all the rest.
-    scale, _ = calibration.fit(rest + hats @ effects, np.zeros(len(rest)), clicks, impressions)
+    scale, shift = calibration.fit(rest + hats @ effects, np.zeros(len(rest)), clicks, impressions)
     if contract.position:
         effects = position.within_keys(_by_key(examples, found, log_odds, effects), scale * effects).astype(np.float32)
         model.get_layer("position_effect").set_weights([effects[:, None]])
-    trust = _set_trust(model, tune, log_odds, scale)
+    # How log-odds change with the trust is looked at by how they do over a part of it.
+    cold = np.concatenate([np.zeros(0, bool), *(((b["creative"] == UNKNOWN) & (b["has_image"] > 0))[:, 0] for b in tune)])
+    _set_trust(model, (-_TRUST_STEP, 0.0))
+    less, *_ = _concatenated(_without_position(tune, log_odds, effects))
+    trust = (0.0, 0.0)
+    if cold.any():
+        told = (scale * rest + shift + hats @ effects, scale * (rest - less) / _TRUST_STEP, clicks, impressions)
+        trust = calibration.trust(*(column[cold] for column in told))
+    _set_trust(model, (trust[0], trust[1] / scale))
     rest, *_ = _concatenated(_without_position(tune, log_odds, effects))
     slope, shift = calibration.fit(rest, hats @ effects, clicks, impressions)
     # What is scored is the newest month, and months differ in height.
@@ -161,7 +169,7 @@ def train_ranker(
         "negatives": settings.negatives,
     }
     write(model, folder, spec)
-    fitted = {"calibration_slope": round(slope, 4), "trust_of_unseen_creatives": round(trust, 4)}
+    fitted = {"calibration_slope": round(slope, 4), "trust_of_unseen_creatives": round(1 + trust[0], 4)}
     return {"mode": "refresh" if start else "scratch", **summary, **fitted, "negatives": settings.negatives}
 
 
@@ -193,30 +201,13 @@ def _warm_start(model: Any, start: Parent, found: Survey) -> None:
         ranker.begin_anew(weight.path, after[number], found.features, found.new_ids)
     model.set_weights(after)
     model.get_layer("calibration").set_weights([np.ones((1, 1), np.float32), np.zeros(1, np.float32)])
-    model.get_layer("trust").set_weights([np.zeros((1, 1), np.float32)])
+    _set_trust(model, (0.0, 0.0))
 
 
-def _set_trust(model: Any, tune: list[Arrays], log_odds: LogOdds, scale: float) -> float:
-    """Let the model trust the embedding of a creative without an id as far as TUNE rows of such creatives bear it out.
-
-    Args:
-        scale: what the log-odds of all rows are too small by.
-
-    Returns:
-        The factor of these embeddings.
-    """
-    trust, told = model.get_layer("trust"), []
-    cold = [((batch["creative"] == UNKNOWN) & (batch["has_image"] > 0))[:, 0] for batch in tune]
-    if not any(use.any() for use in cold):
-        return 1.0
-    for change in (-_TRUST_STEP, 0.0):
-        trust.set_weights([np.full((1, 1), change, np.float32)])
-        rows = ((scale * log_odds(b), b["clicks"], b["impressions"]) for b in tune)
-        told.append(list(_concatenated([column[use] for column in one] for one, use in zip(rows, cold, strict=True))))
-    (less, *_), (logits, clicks, impressions) = told
-    change = calibration.trust(logits, (logits - less) / _TRUST_STEP, clicks, impressions)
-    trust.set_weights([np.full((1, 1), change, np.float32)])
-    return 1 + change
+def _set_trust(model: Any, trust: tuple[float, float]) -> None:
+    """How much more than any other's the embeddings of creatives without an id count, and what is added to the log-odds of their rows."""
+    for name, value in zip(("trust", "trust_height"), trust, strict=True):
+        model.get_layer(name).set_weights([np.full((1, 1), value, np.float32)])
 
 
 def _by_key(

@@ -37,3 +37,14 @@ def test_a_failure_is_raised_behind_what_was_made() -> None:
     assert next(some) == 1
     with pytest.raises(ValueError, match="two"):
         next(some)
+
+
+def test_it_begins_before_anything_is_asked_for() -> None:
+    begun = threading.Event()
+
+    def numbers() -> Iterator[int]:
+        begun.set()
+        yield 1
+
+    some = ahead(numbers())
+    assert begun.wait(10) and list(some) == [1]

@@ -45,10 +45,16 @@ def test_the_level_is_between_what_rows_at_their_positions_and_at_the_reference_
     assert 0.9 < own < 1 < reference < 1.1 and abs(np.log(own * reference)) < 0.01
 
 
-def test_the_trust_in_images_that_rows_bear_out_is_found_whatever_their_height() -> None:
+@pytest.mark.parametrize("mean", [0.0, 0.5])
+def test_the_trust_in_images_that_rows_bear_out_is_found_and_their_mean_stays(mean: float) -> None:
     rng = np.random.default_rng(4)
     rest, image = rng.normal(-2, 0.5, 30_000), rng.normal(0, 0.5, 30_000)
     impressions = rng.integers(1, 50, 30_000).astype(float)
-    clicks = rng.binomial(impressions.astype(int), 1 / (1 + np.exp(-(rest + 0.7 * image + 0.2)))).astype(float)
-    assert calibration.trust(rest + image, image, clicks, impressions) == pytest.approx(-0.3, abs=0.03)
-    assert abs(calibration.trust(rest[:20] + image[:20], image[:20], clicks[:20], impressions[:20])) < 0.1
+    clicks = rng.binomial(impressions.astype(int), 1 / (1 + np.exp(-(rest + mean + 0.7 * image)))).astype(float)
+    change, height = calibration.trust(rest + mean + image, mean + image, clicks, impressions)
+    assert change == pytest.approx(-0.3, abs=0.03)
+    assert height == pytest.approx(0.3 * mean, abs=0.03)
+    told = [column[:20] for column in (rest + image, image, clicks, impressions)]
+    assert abs(calibration.trust(*told)[0]) < 0.1
+    # However little an encoder says, it is not believed many times over.
+    assert calibration.trust(rest + image / 9, image / 9, clicks, impressions)[0] == 0.5

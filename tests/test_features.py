@@ -156,7 +156,7 @@ def test_fit_only_sees_train_rows_and_no_outcome(features: Features, batch: pa.R
 
 def test_fit_without_values() -> None:
     fitter = Fitter(CONTRACT, 4)
-    fitter.add(joined(0))
+    fitter.add(joined(0), joined(0))
     features = fitter.fit()
     assert all(len(array) == 5 for array in features.arrays(joined(5), True).values())
 

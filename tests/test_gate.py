@@ -218,7 +218,7 @@ def differing(z: float) -> Slice:
     sums = np.ones((1 + REPLICATES, 8))
     sums[:, :2] = 30_000, 500
     sums[:, 2] = 1.01 * np.exp(np.concatenate([[0], noise]) + 0.003 * z)
-    return Slice(5000, sums, np.zeros((2, 3, 8)), np.zeros((2, 3, 0, 1)))
+    return Slice(5000, sums, np.zeros((2, 3, 8)), np.zeros((2, 3, 0, 1)), 0)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import model
 from beam_jobs.realised import position_effect
 from model import encoder, features, golden, ranker, splits, training
 from model.ranker import BATCH, Ranker
-from model.seen import Vocabulary
+from model.seen import UNKNOWN, Vocabulary
+from model.survey import survey
 from schemas.contract import Column, Contract
 
 CONTRACT = Contract(
@@ -211,19 +212,38 @@ def test_refresh_starts_from_the_parent(
 
 
 def test_new_values_begin_with_what_was_learnt_of_the_unknown() -> None:
-    width, rng = features.Features(CONTRACT, (), (), (), 0), np.random.default_rng(0)
-    contract = dataclasses.replace(CONTRACT, columns=(*CONTRACT.columns, Column("slot", "bytes")))
-    vocabularies = tuple(Vocabulary(np.empty(0, np.uint64), np.empty(0, np.int32), size) for size in (4, 3, 5))
-    spec, new = dataclasses.replace(width, contract=contract, vocabularies=vocabularies), [np.array([3]), np.array([2]), np.array([2, 4])]
-    pairs, linear, own = rng.normal(size=(12, 1)), rng.normal(size=(7, 1)), rng.normal(size=(5, 1))
+    rng, sizes = np.random.default_rng(0), (4, 3, 6, 5)
+    contract = dataclasses.replace(CONTRACT, columns=(*CONTRACT.columns, Column("slot", "bytes"), Column("device", "bytes")))
+    vocabularies = tuple(Vocabulary(np.empty(0, np.uint64), np.empty(0, np.int32), size) for size in sizes)
+    spec = features.Features(contract, vocabularies, (), (), encoder.EMBEDDING_WIDTH)
+    new = [np.array([3]), np.array([2]), np.array([], np.int64), np.array([2, 4])]
+    # Pairs in the order of how many there are: of 3 x 4, 6 x 3 and 6 x 4 values, the later column's in rows.
+    pairs, linear, own = rng.normal(size=(12 + 18 + 24, 1)), rng.normal(size=(13, 1)), rng.normal(size=(5, 1))
     begun = [pairs.copy(), linear.copy(), own.copy()]
     for path, weight in zip(("pair_effect/w", "linear/w", "creative_effect/w"), begun, strict=True):
         ranker.begin_anew(path, weight, spec, new)
     assert begun[2][:, 0].tolist() == own[[0, 1, 1, 3, 1], 0].tolist()
-    assert begun[1][:, 0].tolist() == linear[[0, 1, 2, 1, 4, 5, 5], 0].tolist()
-    # The pair's table has the later column's values in its rows.
-    expected = pairs.reshape(3, 4)[np.ix_([0, 1, 1], [0, 1, 2, 1])]
-    np.testing.assert_array_equal(begun[0].reshape(3, 4), expected)
+    assert begun[1][:, 0].tolist() == linear[[0, 1, 2, 1, 4, 5, 5, *range(7, 13)], 0].tolist()
+    first, second = [0, 1, 2, 1], [0, 1, 1]
+    for start, rows, columns in ((0, second, first), (12, range(6), second), (30, range(6), first)):
+        shape = (len(rows), len(columns))
+        table = pairs[start : start + shape[0] * shape[1]].reshape(shape)
+        np.testing.assert_array_equal(begun[0][start : start + table.size].reshape(shape), table[np.ix_(rows, columns)])
+
+
+def test_what_was_never_labelled_is_as_unknown_as_what_comes_later(batch: pa.RecordBatch) -> None:
+    """The month that is scored is in the window, and often has no outcomes yet."""
+    train = splits.split_of_rows(batch["key"], batch["creative"]) == splits.TRAIN
+    some = batch.filter(pa.array(train & batch["creative"].is_valid().to_numpy(zero_copy_only=False)))
+    new = pc.binary_join_element_wise(some["creative"], "new", "-")
+    later = some.set_column(some.schema.get_field_index("creative"), "creative", new)
+    later = later.set_column(later.schema.get_field_index("campaign"), "campaign", pa.repeat("another", len(later)))
+    later = later.set_column(later.schema.get_field_index("impressions"), "impressions", pa.nulls(len(later), pa.int64()))
+    found = survey([some, later], CONTRACT, encoder.EMBEDDING_WIDTH, None).features
+    arrays = [found.arrays(rows, at_reference=True) for rows in (some, later)]
+    labelled = pc.is_in(some["creative"], pc.unique(some["creative"].filter(some["impressions"].is_valid()))).to_numpy(zero_copy_only=False)
+    assert ((arrays[0]["creative"][:, 0] > UNKNOWN) == labelled).all() and (arrays[0]["categorical"] > UNKNOWN).all()
+    assert (arrays[1]["creative"] == UNKNOWN).all() and (arrays[1]["categorical"] == UNKNOWN).all()
 
 
 def test_images_of_new_creatives_are_trusted_as_far_as_they_tell(
