@@ -5,6 +5,7 @@ Beam falls back to pickle without a word; a test asserts the coder on every edge
 """
 
 import dataclasses
+import io
 import pathlib
 import tempfile
 from collections import Counter
@@ -19,10 +20,10 @@ from apache_beam.utils.windowed_value import WindowedValue
 
 from beam_jobs.threads import in_global_window
 from schemas import lake
-from schemas.checksum import crc32c
+from schemas.checksum import Checksum, crc32c, encoded
 from schemas.lake import Manifest, Receipt
 from schemas.parquet import BATCH_ROWS, ParquetFile, upload
-from schemas.storage import Storage
+from schemas.storage import Folder, Storage
 
 # A spill is written when it holds this much, while the next fills; its sections are what a shard reads by range later, so bigger means
 # fewer reads.
@@ -175,7 +176,8 @@ class _Spill(beam.DoFn):
         if not found:
             return []
         name = lake.unique(self._spill, "spill", ".arrows")
-        pieces, addressed = spill_sections(found, self._shards, name)
+        # On a local disk, packing takes longer than it saves.
+        pieces, addressed = spill_sections(found, self._shards, name, None if isinstance(self._storage, Folder) else "lz4")
         self._storage.write(name, *pieces)
         return addressed
 
@@ -200,7 +202,29 @@ def by_shard(batches: list[pa.RecordBatch], shards: int, assign: Callable[[pa.Re
     return found
 
 
-def spill_sections(blocks: list[ByShard], shards: int, name: str) -> tuple[list[bytes], list[tuple[int, Section]]]:
+class _Pieces(io.RawIOBase):
+    """A file that keeps what is written to it as it is: Arrow's buffers, which are not copied then."""
+
+    def __init__(self) -> None:
+        self.pieces, self.size, self._checksum = list[bytes](), 0, Checksum()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.pieces.append(data)
+        self.size += len(data)
+        self._checksum.update(data)
+        return len(data)
+
+    @property
+    def crc32c(self) -> str:
+        return encoded(self._checksum)
+
+
+def spill_sections(
+    blocks: list[ByShard], shards: int, name: str, compression: str | None = "lz4"
+) -> tuple[list[bytes], list[tuple[int, Section]]]:
     """The bytes of one spill file, in pieces, and for each shard in it where its section lies."""
     pieces, addressed, offset = [], [], 0
     for shard in range(shards):
@@ -208,14 +232,13 @@ def spill_sections(blocks: list[ByShard], shards: int, name: str) -> tuple[list[
         slices = [rows.slice(start, end - start) for rows, start, end in cuts if end > start]
         if not slices:
             continue
-        rows = pa.Table.from_batches(slices).combine_chunks()
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, rows.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+        rows, sink = pa.Table.from_batches(slices).combine_chunks(), _Pieces()
+        options = pa.ipc.IpcWriteOptions(compression=compression)
+        with pa.PythonFile(sink, "w") as file, pa.ipc.new_stream(file, rows.schema, options=options) as writer:
             writer.write_table(rows, max_chunksize=BATCH_ROWS)
-        piece = sink.getvalue()
-        addressed.append((shard, Section(name, offset, piece.size, rows.num_rows, crc32c(piece))))
-        pieces.append(piece)
-        offset += piece.size
+        addressed.append((shard, Section(name, offset, sink.size, rows.num_rows, sink.crc32c)))
+        pieces += sink.pieces
+        offset += sink.size
     return pieces, addressed
 
 
