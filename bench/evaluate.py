@@ -153,8 +153,7 @@ def tfma(flags: argparse.Namespace) -> Told:
 
 def bench(flags: argparse.Namespace) -> None:
     lay_out(flags)
-    turns = harness.take_turns(flags, ["ours", "ours_without_intervals"])
-    turns |= harness.take_turns(flags, ["tfma"], rounds=max(1, flags.rounds - 1))
+    turns = harness.take_turns(flags, list(SIDES))
     theirs = json.loads((flags.work / "tfma.json").read_text())
     mine = evaluated(pa.RecordBatch.from_pydict(rows_of(flags.slice)), 0)
     off = dict.fromkeys(NAMES, 0.0)

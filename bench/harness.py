@@ -20,13 +20,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
 TOP = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = TOP / "bench" / "RESULTS.md"
 ADSTOCRAT = [sys.executable, "-m", "beam_jobs.cli"]
+T = TypeVar("T")
 Told = dict[str, Any]
 Sides = Mapping[str, Callable[[argparse.Namespace], Told]]
 
@@ -93,6 +94,22 @@ def run_bench(
         flags.work = (flags.work or pathlib.Path(temporary)).resolve()
         flags.work.mkdir(parents=True, exist_ok=True)
         bench(flags)
+
+
+def beyond_start(clock: Clock, prepare: Callable[[T], Callable[[], int]], few: T, whole: T) -> Told:
+    """What a side takes of `whole` beyond what it takes of `few`, its start-up: the second time, since the first warms it.
+
+    Args:
+        clock: whose lap `imports` is over.
+        prepare: makes ready, and returns what is to be timed, which returns how many units it has done.
+    """
+    for name, what in (("first time", few), ("start", few), ("work", whole)):
+        work = prepare(what)
+        clock.lap("made ready")
+        units = work()
+        clock.lap(name)
+    seconds, cpu = (laps["work"] - laps["start"] for laps in (clock.laps, clock.cpu))
+    return {"units": units, "seconds": seconds, "cpu": cpu, "start": {"imports": clock.laps["imports"], "few rows": clock.laps["start"]}}
 
 
 def take_turns(flags: argparse.Namespace, sides: Sequence[str], *, rounds: int | None = None, **others: Any) -> dict[str, list[Turn]]:

@@ -11,7 +11,7 @@ import functools
 import json
 import pathlib
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -94,15 +94,16 @@ def ours(flags: argparse.Namespace) -> Told:
         told = pairs | "Join" >> beam.ParDo(InThreads(joined, storage)) | "Sum" >> beam.CombineGlobally(total)
         _ = told | "Write" >> beam.Map(lambda told: storage.write("ours.json", json.dumps(told).encode()))
 
-    # What building this pipeline and starting the runner takes, whatever the rows are.
-    for name in ("first time", "runner"):
-        run_pipeline(lambda root: define(root, f"rows-{FEW}"), [])
-        runner = clock.lap(name)
-    run_pipeline(lambda root: define(root, f"rows-{flags.rows}"), [])
-    seconds = clock.lap("join") - runner
-    storage.delete("spill/")
-    start = {"imports": clock.laps["imports"], "runner": runner}
-    return {"units": flags.rows, "seconds": seconds, "cpu": clock.cpu["join"] - clock.cpu["runner"], "start": start}
+    def prepare(rows: int) -> Callable[[], int]:
+        storage.delete("spill/")
+
+        def joined_all() -> int:
+            run_pipeline(lambda root: define(root, f"rows-{rows}"), [])
+            return rows
+
+        return joined_all
+
+    return harness.beyond_start(clock, prepare, FEW, flags.rows)
 
 
 def stock(flags: argparse.Namespace) -> Told:
@@ -110,31 +111,33 @@ def stock(flags: argparse.Namespace) -> Told:
     import apache_beam as beam
     from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
-    from bench import lakes
-
     clock.lap("imports")
-    lakes.start_runner()
-    lakes.start_runner()
-    runner = clock.lap("runner, twice") / 2
-    folder = flags.work / f"rows-{flags.rows}"
 
     def joined(image: str, sides: Any) -> Iterator[tuple[int, float]]:
         vectors = list(sides["embeddings"])
         for row in sides["rows"]:
             yield 1, float(np.frombuffer(vectors[0], "<f4").sum(dtype=np.float64)) * (row["number"] % 1009)
 
-    with beam.Pipeline(FnApiRunner()) as root:
-        read = root | "Rows" >> beam.io.ReadFromParquet(str(folder / "rows-*.parquet"))
-        rows = read | "KeyRows" >> beam.Map(lambda row: (row["image"], row))
-        embeddings = (
-            root
-            | "Embeddings" >> beam.io.ReadFromParquet(str(folder / "embeddings.parquet"))
-            | "KeyEmbeddings" >> beam.Map(lambda row: (row["image"], row["embedding"]))
-        )
-        told = {"rows": rows, "embeddings": embeddings} | beam.CoGroupByKey() | beam.FlatMapTuple(joined) | beam.CombineGlobally(total)
-        _ = told | "Write" >> beam.Map(lambda told: (flags.work / "stock.json").write_text(json.dumps(told)))
-    seconds, start = clock.lap("join") - runner, {"imports": clock.laps["imports"], "runner": runner}
-    return {"units": flags.rows, "seconds": seconds, "cpu": clock.cpu["join"], "start": start}
+    def prepare(count: int) -> Callable[[], int]:
+        folder = flags.work / f"rows-{count}"
+
+        def joined_all() -> int:
+            with beam.Pipeline(FnApiRunner()) as root:
+                read = root | "Rows" >> beam.io.ReadFromParquet(str(folder / "rows-*.parquet"))
+                rows = read | "KeyRows" >> beam.Map(lambda row: (row["image"], row))
+                embeddings = (
+                    root
+                    | "Embeddings" >> beam.io.ReadFromParquet(str(folder / "embeddings.parquet"))
+                    | "KeyEmbeddings" >> beam.Map(lambda row: (row["image"], row["embedding"]))
+                )
+                sides = {"rows": rows, "embeddings": embeddings}
+                told = sides | beam.CoGroupByKey() | beam.FlatMapTuple(joined) | beam.CombineGlobally(total)
+                _ = told | "Write" >> beam.Map(lambda told: (flags.work / "stock.json").write_text(json.dumps(told)))
+            return count
+
+        return joined_all
+
+    return harness.beyond_start(clock, prepare, FEW, flags.rows)
 
 
 def summed(numbers: pa.Array, vectors: pa.Array) -> tuple[int, float]:
@@ -147,18 +150,32 @@ def total(parts: Any) -> tuple[int, float]:
     return sum(rows for rows, _ in parts), sum(value for _, value in parts)
 
 
+def expected(folder: pathlib.Path) -> tuple[int, float]:
+    """What both sides should tell, by NumPy."""
+    embeddings = pq.read_table(folder / "embeddings.parquet")
+    images, sums = embeddings["image"].combine_chunks(), embedding_matrix(embeddings["embedding"].combine_chunks()).sum(1, np.float64)
+    tables = (pq.read_table(path, columns=["number", "image"]) for path in sorted(folder.glob("rows-*.parquet")))
+    parts = ((len(one), sums[pc.index_in(one["image"], images).to_numpy()] @ (one["number"].to_numpy() % 1009)) for one in tables)
+    return total(parts)
+
+
+def check(flags: argparse.Namespace, side: str, rows: int) -> None:
+    told, wanted = json.loads((flags.work / f"{side}.json").read_text()), expected(flags.work / f"rows-{rows}")
+    assert told[0] == wanted[0] == rows and np.isclose(told[1], wanted[1], rtol=1e-6), (side, told, wanted)
+
+
 def bench(flags: argparse.Namespace) -> None:
     sizes, parts, bars = [int(float(size) * MILLION) for size in flags.millions.split(",")], [], []
     lay_out(flags.work / f"rows-{FEW}", FEW, FEW)
     lay_out(flags.work / f"rows-{flags.slice}", flags.slice, max(1000, CREATIVES * flags.slice // MILLION))
     small = harness.take_turns(flags, ["ours", "stock"], rows=flags.slice)
-    mine, theirs = (json.loads((flags.work / f"{side}.json").read_text()) for side in small)
-    assert mine[0] == theirs[0] == flags.slice and np.isclose(mine[1], theirs[1], rtol=1e-6), (mine, theirs)
+    for side in small:
+        check(flags, side, flags.slice)
     turns = {f"CoGroupByKey, {flags.slice:,} rows": small["stock"], f"ours, {flags.slice:,}": small["ours"]}
     for rows in sizes:
         lay_out(flags.work / f"rows-{rows}", rows, CREATIVES)
         some = harness.take_turns(flags, ["ours"], rows=rows)["ours"]
-        assert json.loads((flags.work / "ours.json").read_text())[0] == rows
+        check(flags, "ours", rows)
         harness.turn(flags, "ours", rows=rows, count_bytes=1)
         told = [json.loads((flags.work / f"told-{side}.json").read_text()) for side in ("rows", "embeddings")]
         turns[f"ours, {rows:,}"] = some
@@ -167,7 +184,7 @@ def bench(flags: argparse.Namespace) -> None:
         spilled, shuffled = (sum(one[i] for one in told) for i in (0, 1))
         parts.append(f"{rows:,} rows: {spilled / rows:.0f} bytes a row spilled (embeddings included), {shuffled / rows:.3f} shuffled.")
         ratio = harness.rate(some) / harness.rate(small["stock"])
-    bars.append(Bar(f"rows/s at {sizes[-1]:,}, of CoGroupByKey's of single rows", ratio, 20))
+        bars.append(Bar(f"rows/s at {rows:,}, of CoGroupByKey's of single rows", ratio, 20))
     parts.append("No image bytes are in either: an image is its name and its embedding.")
     harness.report("3", "repartition and join", [harness.table(turns, "rows"), " ".join(parts)], bars, [])
 

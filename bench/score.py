@@ -1,6 +1,6 @@
 """Scoring: the stage beside a bare loop, stock Beam RunInference with a dict a row, and Ray Data.
 
-    scripts/bench score [-- --ads 2000000 --slice 60000 --ray-slice 1000000 --rounds 3 --work FOLDER]
+    scripts/bench score [-- --ads 2000000 --slice 60000 --ray-slice 2000000 --rounds 3 --work FOLDER]
 
 The bare loop reads Parquet, joins, calls the same SavedModel and writes Parquet, without Beam. The peers get rows that are joined already,
 in files of Parquet, and call the same model; stock Beam gets `--slice` of them, since its rate does not depend on how many there are.
@@ -11,6 +11,7 @@ import pathlib
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -58,17 +59,36 @@ def bare(flags: argparse.Namespace) -> Told:
     info = run.manifest(run.stage("evaluation")).info
     ranker = registry.load(run.storage, "ranker", info["ranker"])
     clock.lap("model")
-    rows = sum(_scored_bare(run, info, ranker, fresh(flags.work / "bare")))
+    rows = _scored_bare(run, info, ranker, fresh(flags.work / "bare"))
     seconds = clock.lap("loop")
     return {"units": rows, "seconds": seconds, "cpu": clock.cpu["loop"], "start": {name: clock.laps[name] for name in ("imports", "model")}}
 
 
-def _scored_bare(run: Any, info: Any, ranker: Any, out: pathlib.Path) -> Iterator[int]:
+def _scored_bare(run: Any, info: Any, ranker: Any, out: pathlib.Path) -> int:
+    """Rows are read and joined in one thread, scored in another, and written in a third, as the stage does it."""
     from beam_jobs.inference import scored
     from beam_jobs.score import label
+    from schemas.ahead import ahead
+    from schemas.parquet import ParquetFile
 
-    root, carried = pathlib.Path(run.storage.uri), [column.name for column in run.contract.carried]
-    month = pa.scalar(int(run.month[:4]) * 12 + int(run.month[5:]) - 1, pa.int32())
+    carried, rows, writers = [column.name for column in run.contract.carried], 0, dict[str, ParquetFile]()
+    with ThreadPoolExecutor(1) as pool:
+        written = None
+        for unit, joined in ahead(_joined_bare(run, info)):
+            _, scores = label(run, info["encoder"], info["ranker"], "", scored(joined, ranker, carried))
+            if unit not in writers:
+                writers[unit] = ParquetFile(out / f"{unit}.parquet", scores)
+            if written:
+                written.result()
+            written = pool.submit(writers[unit].write, scores)
+            rows += len(scores)
+    for writer in writers.values():
+        writer.close()
+    return rows
+
+
+def _joined_bare(run: Any, info: Any) -> Iterator[tuple[str, pa.RecordBatch]]:
+    root, month = pathlib.Path(run.storage.uri), pa.scalar(int(run.month[:4]) * 12 + int(run.month[5:]) - 1, pa.int32())
     index, embeddings, rows = (
         {receipt.unit.split("/")[1]: receipt.file for receipt in run.manifest(folder).receipts if not receipt.unit.startswith("file/")}
         for folder in (run.stage("creatives"), f"embeddings/{info['encoder']}/{run.month}/{run.id}", run.stage("rows"))
@@ -78,23 +98,20 @@ def _scored_bare(run: Any, info: Any, ranker: Any, out: pathlib.Path) -> Iterato
         names, vectors = pq.read_table(root / index[shard]), pq.read_table(root / embeddings[shard])
         image, creative, status = (names[name].combine_chunks() for name in ("image", "creative", "image_status"))
         known, matrix = (vectors[name].combine_chunks() for name in ("creative", "embedding"))
-        writer = None
+        # For all of a unit at once, since each call builds a table of the names.
+        place = pc.index_in(pq.read_table(root / file, columns=["image"])["image"].combine_chunks(), image)
+        whose, start = creative.take(place), 0
+        at = pc.index_in(whose, known)
         for batch in pq.ParquetFile(root / file).iter_batches(1 << 16):
-            place = pc.index_in(batch["image"], image)
-            whose = creative.take(place)
+            own = slice(start, start + len(batch))
+            start += len(batch)
             added = {
-                "creative": whose,
-                "image_status": pc.if_else(pc.is_null(batch["image"]), "no_image", pc.fill_null(status.take(place), "missing")),
-                "embedding": matrix.take(pc.index_in(whose, known)),
+                "creative": whose[own],
+                "image_status": pc.if_else(pc.is_null(batch["image"]), "no_image", pc.fill_null(status.take(place[own]), "missing")),
+                "embedding": matrix.take(at[own]),
                 "month_number": pa.repeat(month, len(batch)),
             }
-            joined = pa.RecordBatch.from_arrays([*batch.columns, *added.values()], [*batch.schema.names, *added])
-            _, scores = label(run, info["encoder"], info["ranker"], "", scored(joined, ranker, carried))
-            writer = writer or pq.ParquetWriter(out / f"{unit}.parquet", scores.schema, compression="zstd", compression_level=1)
-            writer.write_batch(scores)
-            yield len(scores)
-        if writer:
-            writer.close()
+            yield unit, pa.RecordBatch.from_arrays([*batch.columns, *added.values()], [*batch.schema.names, *added])
 
 
 class RowHandler:
@@ -233,10 +250,11 @@ def scores_in(folder: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
     return table["key"].to_numpy(), table["p_click"].to_numpy()
 
 
-def differences(mine: tuple[np.ndarray, np.ndarray], theirs: tuple[np.ndarray, np.ndarray]) -> float:
-    """The largest difference of a probability of theirs from ours; all their keys must be ours."""
+def differences(mine: tuple[np.ndarray, np.ndarray], theirs: tuple[np.ndarray, np.ndarray], rows: int) -> float:
+    """The largest difference of a probability of theirs from ours; they must have so many rows, each of a key that we have."""
     at = np.searchsorted(mine[0], theirs[0])
-    assert len(theirs[0]) and (mine[0][at] == theirs[0]).all(), "keys differ"
+    assert len(np.unique(theirs[0])) == len(theirs[0]) == rows and (mine[0][at] == theirs[0]).all(), "keys differ"
+    assert np.isfinite(theirs[1]).all(), "some have no probability"
     return float(np.abs(mine[1][at] - theirs[1]).max())
 
 
@@ -247,10 +265,10 @@ def bench(flags: argparse.Namespace) -> None:
     run = lakes.month_of(flags.lake)
     for name, rows in ((str(flags.slice), flags.slice), (str(flags.ray_slice), flags.ray_slice), ("few", 1000)):
         lay_out(run, flags.work / f"joined-{name}", rows)
-    turns = harness.take_turns(flags, ["ours", "bare"])
-    turns |= harness.take_turns(flags, ["stock", "ray"], rounds=max(1, flags.rounds - 1))
+    turns = harness.take_turns(flags, list(SIDES))
     mine = scores_in(flags.lake / run.stage("scores"))
-    off = {side: differences(mine, scores_in(flags.work / side)) for side in ("bare", "stock", "ray")}
+    given = {"bare": len(mine[0]), "stock": flags.slice, "ray": min(flags.ray_slice, len(mine[0]))}
+    off = {side: differences(mine, scores_in(flags.work / side), rows) for side, rows in given.items()}
     assert max(off.values()) < 1e-6, off
     rates = {side: harness.rate(some) for side, some in turns.items()}
     one = {side: harness.turn(flags, side, cores=1) for side in ("ours", "bare")} if flags.one_core else {}
@@ -278,7 +296,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ads", type=int, default=2_000_000, help="rows (default: %(default)s)")
     parser.add_argument("--lake", type=pathlib.Path, help="a lake with a month that was run; default: one is made")
     parser.add_argument("--slice", type=int, default=60_000, help="rows for stock Beam (default: %(default)s)")
-    parser.add_argument("--ray-slice", type=int, default=500_000, help="rows for Ray Data (default: %(default)s)")
+    parser.add_argument("--ray-slice", type=int, default=2_000_000, help="rows for Ray Data (default: %(default)s)")
     parser.add_argument("--ray-batch", type=int, default=32_768)
     parser.add_argument("--ray-actors", type=int, default=1)
     parser.add_argument("--ray-cpus", type=int, default=2)
