@@ -21,7 +21,7 @@ from beam_jobs.inference import probabilities_of
 from beam_jobs.join import month_rows
 from beam_jobs.run import MonthRun, StageError
 from beam_jobs.workers import Listed
-from model import gate, golden, registry, splits
+from model import gate, registry, splits
 from model.evaluation import COLD, OVERALL, WARM, Evaluation, Segment, clusters_of, evaluate, merged, quality
 from model.features import outcomes
 from model.gate import CANDIDATE, CHAMPION
@@ -150,14 +150,11 @@ def make_plan(counted: Sequence[Counted], min_clicks: int, broken: str = "") -> 
 
 def broken(run: MonthRun) -> str:
     """What is wrong with the candidate's files, told by loading them in a fresh process; empty where nothing is."""
-    with registry.local_folder() as folder, registry.local_folder() as encoder:
-        try:
-            registry.fetch(run.storage, "encoder", run.encoder, encoder)
-            registry.fetch(run.storage, "ranker", run.version, folder)
-        except ModelError as error:
-            return str(error)
-        wrong = golden.check(folder)
-    return f"ranker {run.version!r} does not do in a fresh process what it did when it was trained: {wrong}" if wrong else ""
+    try:
+        registry.prove(run.storage, run.encoder, run.version)
+    except ModelError as error:
+        return str(error)
+    return ""
 
 
 def judged_pairs(run: MonthRun, plan: Plan) -> dict[str, Champion]:

@@ -13,7 +13,7 @@ from typing import Any
 from beam_jobs.config import Config
 from beam_jobs.evaluate import count, judge, make_plan, units_of
 from beam_jobs.run import MonthRun, StageError
-from model import golden, registry
+from model import registry
 from model.evaluation import Evaluation, merged
 from model.gate import Comparison
 from model.registry import ModelError
@@ -68,11 +68,7 @@ def promote(storage: Storage, version: str) -> Champion:
             raise ModelError(f"ranker {version!r} is of contract {made.info['contract']}, the champion {there.ranker!r} of {contract}")
     if made.info.get("format") != registry.FORMAT:
         raise ModelError(f"ranker {version!r} has model format {made.info.get('format')}; expected {registry.FORMAT}, so train it again")
-    with registry.local_folder() as folder, registry.local_folder() as encoder:
-        registry.fetch(storage, "encoder", made.info["encoder"], encoder)
-        registry.fetch(storage, "ranker", version, folder)
-        if wrong := golden.check(folder):
-            raise ModelError(f"ranker {version!r} does not do what it did when it was trained: {wrong}")
+    registry.prove(storage, made.info["encoder"], version)
     # The month stays that of the newest publication, which alone moves it on.
     month, run = (there.month, there.run) if there else (made.info["month"], made.info["run"])
     champion = Champion(made.info["encoder"], version, month, run)

@@ -98,6 +98,21 @@ def load(storage: Storage, kind: str, version: str) -> Any:
         return ranker
 
 
+def prove(storage: Storage, encoder: str, ranker: str) -> None:
+    """Make sure that a pair of models is whole, and that the ranker gives its golden scores in a fresh process.
+
+    Raises:
+        ModelError: what is wrong with them.
+    """
+    from model import golden
+
+    with local_folder() as folder, local_folder() as beside:
+        fetch(storage, "encoder", encoder, beside)
+        fetch(storage, "ranker", ranker, folder)
+        if wrong := golden.check(folder):
+            raise ModelError(f"ranker {ranker!r} does not do in a fresh process what it did when it was trained: {wrong}")
+
+
 @contextlib.contextmanager
 def local_folder() -> Iterator[pathlib.Path]:
     """A local folder for a model's files; TensorFlow reads and writes nothing else."""
