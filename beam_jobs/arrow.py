@@ -140,6 +140,8 @@ class _Spill(beam.DoFn):
 
     def __init__(self, storage: Storage, spill: str, shards: int, assign: Callable[[pa.RecordBatch], np.ndarray]):
         self._storage, self._spill, self._shards, self._assign = storage, spill, shards, assign
+        # On a local disk packing takes longer than it saves, and small spills, though more reads, are made in memory that was in use before.
+        self._most, self._compression = (SPILL_BYTES // 4, None) if isinstance(storage, Folder) else (SPILL_BYTES, "lz4")
 
     def start_bundle(self) -> None:
         self._small, self._sorted = list[pa.RecordBatch](), list[Future[list[ByShard]]]()
@@ -151,9 +153,9 @@ class _Spill(beam.DoFn):
         self._small.append(batch)
         self._small_rows += batch.num_rows
         self._bytes += batch.nbytes
-        if self._small_rows >= _SMALL_ROWS or self._bytes >= SPILL_BYTES:
+        if self._small_rows >= _SMALL_ROWS or self._bytes >= self._most:
             self._sort()
-        if self._bytes >= SPILL_BYTES:
+        if self._bytes >= self._most:
             yield from self._written.result()
             self._written = self._thread.submit(self._write, self._sorted)
             self._sorted, self._bytes = [], 0
@@ -176,8 +178,7 @@ class _Spill(beam.DoFn):
         if not found:
             return []
         name = lake.unique(self._spill, "spill", ".arrows")
-        # On a local disk, packing takes longer than it saves.
-        pieces, addressed = spill_sections(found, self._shards, name, None if isinstance(self._storage, Folder) else "lz4")
+        pieces, addressed = spill_sections(found, self._shards, name, self._compression)
         self._storage.write(name, *pieces)
         return addressed
 
