@@ -141,7 +141,8 @@ class _Spill(beam.DoFn):
     def __init__(self, storage: Storage, spill: str, shards: int, assign: Callable[[pa.RecordBatch], np.ndarray]):
         self._storage, self._spill, self._shards, self._assign = storage, spill, shards, assign
         # On a local disk packing takes longer than it saves, and small spills are made in memory that was in use before.
-        self._most, self._compression = (SPILL_BYTES // 4, None) if isinstance(storage, Folder) else (SPILL_BYTES, "lz4")
+        near = isinstance(storage, Folder)
+        self._most, self._compression = SPILL_BYTES // 4 if near else SPILL_BYTES, None if near else "lz4"
 
     def start_bundle(self) -> None:
         self._small, self._sorted = list[pa.RecordBatch](), list[Future[list[ByShard]]]()
