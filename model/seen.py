@@ -21,6 +21,7 @@ MAX_VALUES = 1 << 20
 # Expected clicks that a value is taken to have had at the base rate before anything is known of it.
 _PRIOR_CLICKS = 5.0
 _ROWS_AT_ONCE = 1 << 19
+_CACHED = 1 << 16
 # Of so many rows, the share that may have a value of their own in a column that is taken to repeat its values.
 _SAMPLE_ROWS, _DISTINCT = 1000, 0.9
 # What a history is of in any case, before the columns tagged so; and how many columns of `History.arrays` are of these, the first ones.
@@ -197,7 +198,13 @@ class History:
 
 def among(known: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Whether each of the wanted hashes is among the sorted known ones, and where."""
-    place = np.minimum(np.searchsorted(known, wanted), max(len(known) - 1, 0))
+    if len(known) > _CACHED:
+        # In order, a search finds what it reads in the caches, which takes half of the time, sorting included.
+        order, place = np.argsort(wanted), np.empty(len(wanted), np.int64)
+        place[order] = np.searchsorted(known, wanted[order])
+    else:
+        place = np.searchsorted(known, wanted)
+    place = np.minimum(place, max(len(known) - 1, 0))
     return (known[place] == wanted if len(known) else np.zeros(len(wanted), bool)), place
 
 

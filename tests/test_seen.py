@@ -2,9 +2,10 @@
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
 from model.features import MONTH, outcomes
-from model.seen import MISSING, UNKNOWN, History, Tallies, Tally, Vocabulary, coded, hashes_of, hashes_of_rows, present
+from model.seen import MISSING, UNKNOWN, History, Tallies, Tally, Vocabulary, among, coded, hashes_of, hashes_of_rows, present
 from schemas import contract as contracts
 
 VALUES = pa.array([f"v{i}" for i in range(500)])
@@ -43,6 +44,17 @@ def test_a_full_vocabulary_gives_ids_of_values_that_are_gone_to_new_ones() -> No
     assert sorted(came[came != UNKNOWN]) == sorted(new) and not set(new) & set(stayed)
     # Where there is room, what is gone stays: it may come again.
     assert (before.grown(np.sort(hashes_of(VALUES[50:110], "x")))[0].ids(VALUES[:50], "x") != UNKNOWN).all()
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, 200_000])
+def test_hashes_are_found_among_few_and_many(size: int) -> None:
+    rng = np.random.default_rng(0)
+    known = np.unique(rng.integers(0, 1 << 63, size).astype(np.uint64))
+    wanted = np.concatenate([known[:: max(1, size // 500)], rng.integers(0, 1 << 63, 500).astype(np.uint64), known[-3:]])[::-1]
+    there, place = among(known, wanted)
+    np.testing.assert_array_equal(there, np.isin(wanted, known))
+    np.testing.assert_array_equal(known[place[there]], wanted[there])
+    assert not len(known) or ((place >= 0) & (place < len(known))).all()
 
 
 def test_values_are_the_same_whether_they_come_as_codes_or_not() -> None:
