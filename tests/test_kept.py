@@ -66,7 +66,7 @@ def test_codes_of_texts_and_of_numbers_give_the_same_arrays() -> None:
     rows = {"shop": rng.integers(0, 5, 600), "place": rng.choice(["a", "b", None], 600), "creative": rng.choice(["c", "d", None], 600)}
     batch = pa.record_batch({"key": [f"k{i}" for i in range(600)], **rows, "clicks": [1] * 600, "impressions": [7] * 600})
     fitter = Fitter(contract, 4)
-    fitter.add(batch)
+    fitter.add(batch, batch)
     features = fitter.fit()
     plain, _ = learnable(batch)
     with read_once(lambda epoch: iter([batch]), contract) as once:

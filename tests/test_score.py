@@ -31,7 +31,7 @@ def save_ranker(run: MonthRun, version: str) -> None:
     rows, fitter = MonthRows(run, run.month, run.id, "e"), Fitter(run.contract, encoder.EMBEDDING_WIDTH)
     for unit in rows.units:
         for batch in rows.batches(unit):
-            fitter.add(batch)
+            fitter.add(batch, batch)
     features = fitter.fit()
     model = ranker.build(features, 0.02)
     # Its head starts at zero: without this all rows would score alike.
