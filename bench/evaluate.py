@@ -55,7 +55,7 @@ def lay_out(flags: argparse.Namespace) -> None:
     """The rows for us, and as examples in its own format for TFMA."""
     from beam_jobs.tfma import weighted
 
-    for rows in (FEW, flags.rows):
+    for rows in (FEW, flags.slice, flags.rows):
         pq.write_table(pa.table(rows_of(rows)), flags.work / f"rows-{rows}.parquet")
     for rows in (FEW, flags.slice):
         columns = rows_of(rows)
