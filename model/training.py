@@ -137,16 +137,16 @@ def train_ranker(
     if contract.position:
         effects = position.within_keys(_by_key(examples, found, log_odds, effects), scale * effects).astype(np.float32)
         model.get_layer("position_effect").set_weights([effects[:, None]])
-    # How log-odds change with the trust is looked at by how they do over a part of it.
     cold = np.concatenate([np.zeros(0, bool), *(((b["creative"] == UNKNOWN) & (b["has_image"] > 0))[:, 0] for b in tune)])
-    _set_trust(model, (-_TRUST_STEP, 0.0))
-    less, *_ = _concatenated(_without_position(tune, log_odds, effects))
     trust = (0.0, 0.0)
     if cold.any():
+        # How log-odds change with the trust is looked at by how they do over a part of it.
+        _set_trust(model, (-_TRUST_STEP, 0.0))
+        less, *_ = _concatenated(_without_position(tune, log_odds, effects))
         told = (scale * rest + shift + hats @ effects, scale * (rest - less) / _TRUST_STEP, clicks, impressions)
         trust = calibration.trust(*(column[cold] for column in told))
-    _set_trust(model, (trust[0], trust[1] / scale))
-    rest, *_ = _concatenated(_without_position(tune, log_odds, effects))
+        _set_trust(model, (trust[0], trust[1] / scale))
+        rest, *_ = _concatenated(_without_position(tune, log_odds, effects))
     slope, shift = calibration.fit(rest, hats @ effects, clicks, impressions)
     # What is scored is the newest month, and months differ in height.
     newest = labelled(lambda epoch: (b for b in examples(epoch) if month_of(b) == months[-1]), found, 0)
