@@ -285,9 +285,9 @@ def _by_bins(bins: np.ndarray) -> dict[str, float]:
     """
     impressions, clicks, predicted = _equal_bins(bins)
     shown, clicked = impressions.sum(), clicks.sum()
+    ece = float(np.abs(predicted - clicks).sum() / shown) if shown else math.nan
     if not 0 < clicked < shown:
-        error = np.abs(predicted - clicks).sum() / shown if shown else math.nan
-        return {"ece": float(error), "roc_auc": math.nan, "pr_auc": math.nan}
+        return {"ece": ece, "roc_auc": math.nan, "pr_auc": math.nan}
     positives, negatives = bins[1][::-1], (bins[0] - bins[1])[::-1]
     hits, misses = np.cumsum(positives), np.cumsum(negatives)
     roc_auc = np.sum(positives * (misses[-1] - misses + negatives / 2)) / (hits[-1] * misses[-1])
@@ -298,8 +298,7 @@ def _by_bins(bins: np.ndarray) -> dict[str, float]:
     before = above - positives - negatives
     rest = before - slope * (hits - positives)
     area = (positives - rest / slope * np.log(above / np.where(before > 0, before, above))) / slope
-    ece = np.abs(predicted - clicks).sum() / shown
-    return {"ece": float(ece), "roc_auc": float(roc_auc), "pr_auc": float(area.sum() / hits[-1])}
+    return {"ece": ece, "roc_auc": float(roc_auc), "pr_auc": float(area.sum() / hits[-1])}
 
 
 def _nothing(models: int) -> Slice:
