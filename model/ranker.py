@@ -6,7 +6,9 @@ scaled by a weight for each pair of columns, so that those that say nothing fade
 a score at the reference position is the row's own score moved by what was learnt about positions.
 """
 
+import os
 import pathlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -159,7 +161,9 @@ class Ranker:
         Raises:
             ValueError: not the folder of a ranker.
         """
-        self._saved = SavedModel(folder, "ranker", "calibrated", 1, BATCH)
+        self._saved = SavedModel(folder, "ranker", "calibrated", 1, BATCH, compiled=True)
+        # As many threads as cores, since several callers may share them.
+        self._threads = ThreadPoolExecutor(os.cpu_count())
         spec = self._saved.spec
         self.features = Features.from_json(spec["features"])
         self.fingerprint: str = spec["fingerprint"]
@@ -175,12 +179,18 @@ class Ranker:
         Raises:
             ValueError: a column is missing that the contract has; `creative` and `embedding` may be.
         """
-        return probabilities(self._saved.run(self.features.arrays(self._whole(batch), at_reference), len(batch))[:, 0])
+
+        def logits(rows: pa.RecordBatch) -> np.ndarray:
+            return self._saved.run(self.features.arrays(rows, at_reference), len(rows))[:, 0]
+
+        return probabilities(np.concatenate(list(self._threads.map(logits, _halves(self._whole(batch))))))
 
     def evidence(self, batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
         """Impressions that each row's key and creative had in training, int64 (rows,) each."""
-        none = np.zeros(len(batch), np.int64)
-        return self.features.history.evidence(self._whole(batch)) if self.features.history else (none, none)
+        if not self.features.history:
+            return np.zeros(len(batch), np.int64), np.zeros(len(batch), np.int64)
+        keys, creatives = zip(*self._threads.map(self.features.history.evidence, _halves(self._whole(batch))), strict=True)
+        return np.concatenate(keys), np.concatenate(creatives)
 
     def _whole(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """The batch, rows without a picture where it has no `creative`."""
@@ -189,3 +199,9 @@ class Ranker:
         if missing := [name for name in wanted if name not in there]:
             raise ValueError(f"the batch has no column {missing[0]!r}; expected {', '.join(wanted)}, but has {', '.join(there)}")
         return batch if "creative" in there else batch.append_column("creative", pa.nulls(len(batch), pa.string()))
+
+
+def _halves(batch: pa.RecordBatch) -> list[pa.RecordBatch]:
+    """What two threads take of a batch: the model's batches evenly."""
+    middle = -(-len(batch) // (2 * BATCH)) * BATCH
+    return [batch[:middle], batch[middle:]] if middle < len(batch) else [batch]

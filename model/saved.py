@@ -18,8 +18,11 @@ class SavedModel:
         batch: rows a call; the last call is padded to it, so that nothing is traced or tuned again.
     """
 
-    def __init__(self, folder: pathlib.Path | str, kind: str, output: str, width: int, batch: int) -> None:
+    def __init__(self, folder: pathlib.Path | str, kind: str, output: str, width: int, batch: int, compiled: bool = False) -> None:
         """Load a model folder; a local path, since TensorFlow reads nothing else here.
+
+        A `compiled` one is compiled by XLA at its first call, which takes a part of a second: layers of a few dozen units take about half
+        as long then, and convolutions on a CPU longer.
 
         Raises:
             ValueError: the folder is no model, or one of another kind.
@@ -33,35 +36,50 @@ class SavedModel:
             raise ValueError(f"{str(folder)!r} is no model folder: it has no spec.json; expected what training wrote") from None
         if self.spec["kind"] != kind:
             raise ValueError(f"{str(folder)!r} holds a model of kind {self.spec['kind']!r}; expected {kind!r}")
-        self._loaded = tf.saved_model.load(str(folder / "saved_model"))
-        self._output, self._width, self.batch = output, width, batch
+        loaded = tf.saved_model.load(str(folder / "saved_model"))
+        # A function keeps no hold of the variables that it reads, so the model is kept beside it.
+        self._loaded, self._function = (
+            loaded,
+            tf.function(lambda arrays: loaded.serve(arrays)[output], jit_compile=compiled, autograph=False),
+        )
+        self._width, self.batch, self._works = width, batch, False
 
     def run(self, arrays: dict[str, np.ndarray], rows: int) -> np.ndarray:
-        """The output for arrays of `rows` rows each, float32 (rows, width); NaN in the rows that the model fails on."""
+        """The output for arrays of `rows` rows each, float32 (rows, width); NaN in the rows that the model fails on.
+
+        Raises:
+            tensorflow.errors.OpError: the model fails on zeros too, so it is not the rows that it fails on.
+        """
         import tensorflow as tf
 
         out = np.full((rows, self._width), np.nan, np.float32)
         todo = [(start, min(start + self.batch, rows)) for start in range(0, rows, self.batch)]
         while todo:
             start, stop = todo.pop()
-            middle = (start + stop) // 2
-            if stop - start > self.batch:
+            # Another thread may change it meanwhile.
+            middle, size = (start + stop) // 2, self.batch
+            if stop - start > size:
                 todo += [(start, middle), (middle, stop)]
                 continue
+            part = {name: array[start:stop] for name, array in arrays.items()}
             try:
-                out[start:stop] = self._call({name: array[start:stop] for name, array in arrays.items()}, stop - start)
+                out[start:stop] = self._call(part, size)
             except tf.errors.ResourceExhaustedError:
-                if self.batch == 1:
+                if size == 1:
                     raise
-                self.batch //= 2
+                self.batch = min(self.batch, size // 2)
                 todo.append((start, stop))
             except tf.errors.OpError:
+                if not self._works:
+                    self._call({name: np.zeros_like(array) for name, array in part.items()}, size)
+                    self._works = True
                 if stop - start > 1:
                     todo += [(start, middle), (middle, stop)]
         return out
 
-    def _call(self, part: dict[str, np.ndarray], rows: int) -> np.ndarray:
-        return self._loaded.serve({name: _padded(array, self.batch) for name, array in part.items()})[self._output].numpy()[:rows]
+    def _call(self, part: dict[str, np.ndarray], size: int) -> np.ndarray:
+        rows = len(next(iter(part.values())))
+        return self._function({name: _padded(array, size) for name, array in part.items()}).numpy()[:rows]
 
 
 def _padded(array: np.ndarray, rows: int) -> np.ndarray:

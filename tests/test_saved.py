@@ -41,11 +41,11 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_size_kept(folder: pathlib.P
     sizes: list[int] = []
     call = SavedModel._call
 
-    def tight(self: SavedModel, part: dict[str, np.ndarray], rows: int) -> np.ndarray:
-        sizes.append(self.batch)
-        if self.batch > 10:
+    def tight(self: SavedModel, part: dict[str, np.ndarray], size: int) -> np.ndarray:
+        sizes.append(size)
+        if size > 10:
             raise tf.errors.ResourceExhaustedError(None, None, "no memory")
-        return call(self, part, rows)
+        return call(self, part, size)
 
     monkeypatch.setattr(SavedModel, "_call", tight)
     x = np.arange(200, 400, dtype=np.float32).reshape(100, 2)
@@ -54,6 +54,17 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_size_kept(folder: pathlib.P
     sizes.clear()
     model.run({"x": x}, 100)
     assert set(sizes) == {8}
+
+
+def test_a_model_that_fails_on_zeros_too_fails_as_a_whole(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tensorflow as tf
+
+    def broken(self: SavedModel, part: dict[str, np.ndarray], size: int) -> np.ndarray:
+        raise tf.errors.InternalError(None, None, "no compiler")
+
+    monkeypatch.setattr(SavedModel, "_call", broken)
+    with pytest.raises(tf.errors.InternalError, match="no compiler"):
+        SavedModel(folder, "test", "y", 2, 16).run({"x": np.ones((60, 2), np.float32)}, 60)
 
 
 def test_no_rows(folder: pathlib.Path) -> None:
