@@ -1,19 +1,15 @@
 """The lakes that benches work on: sample months, made once in the bench's folder."""
 
 import contextlib
+import functools
 import json
 import pathlib
 import re
-import time
 from collections.abc import Iterator
-from typing import Any
 from unittest import mock
-
-import apache_beam as beam
 
 from beam_jobs.config import Config
 from beam_jobs.run import MonthRun, kept
-from beam_jobs.runner import run_pipeline
 from bench import harness
 from bench.harness import ADSTOCRAT
 from model import registry
@@ -43,23 +39,8 @@ def month_of(lake: pathlib.Path) -> MonthRun:
     return kept(Config(lake=str(lake)), MONTH, json.loads((lake / "lookup" / "CURRENT").read_text())["run"])
 
 
-def start_runner() -> None:
-    """What starting Beam's runner takes, whatever it runs."""
-    run_pipeline(lambda root: root | beam.Create([1]) | beam.Map(int), [])
-
-
 @contextlib.contextmanager
-def loads_timed() -> Iterator[dict[str, float]]:
-    """`seconds` and `cpu` seconds that loading models took, meanwhile."""
-    taken = {"seconds": 0.0, "cpu": 0.0}
-    load = registry.load
-
-    def timed(*arguments: Any) -> Any:
-        started, cpu = time.monotonic(), time.process_time()
-        loaded = load(*arguments)
-        taken["seconds"] += time.monotonic() - started
-        taken["cpu"] += time.process_time() - cpu
-        return loaded
-
-    with mock.patch.object(registry, "load", timed):
-        yield taken
+def models_kept() -> Iterator[None]:
+    """Models that are loaded meanwhile are kept, so that a side can load them before what is timed."""
+    with mock.patch.object(registry, "load", functools.cache(registry.load)):
+        yield

@@ -4,13 +4,14 @@
 
 The bare loop reads Parquet, joins, calls the same SavedModel and writes Parquet, without Beam. The peers get rows that are joined already,
 in files of Parquet, and call the same model; stock Beam gets `--slice` of them, since its rate does not depend on how many there are.
+What a side takes for a few rows is its start-up, and shown apart, as is the loading of its model.
 """
 
 import argparse
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,27 +26,34 @@ from bench.harness import Bar, Clock, Told
 COLUMNS = ("key", "p_click")
 
 
+# Ads and creatives of the month whose scoring tells what it takes to start.
+FEW = (2_000, 50)
+
+
 def ours(flags: argparse.Namespace) -> Told:
     clock = Clock()
     from beam_jobs import score
     from beam_jobs.runner import run_pipeline
     from bench import lakes
-    from model import tensorflow
+    from model import registry, tensorflow
 
     tensorflow.load()
     clock.lap("imports")
-    run = lakes.month_of(flags.lake)
-    evaluation = run.manifest(run.stage("evaluation"))
-    shutil.rmtree(flags.lake / run.stage("scores"), ignore_errors=True)
-    lakes.start_runner()
-    lakes.start_runner()
-    runner = clock.lap("runner, twice") / 2
-    with lakes.loads_timed() as loads:
-        run_pipeline(lambda root: score.define_pipeline(root, run, evaluation), [])
-    seconds = clock.lap("stage") - loads["seconds"] - runner
-    rows = run.manifest(run.stage("scores")).rows
-    start = {"imports": clock.laps["imports"], "model": loads["seconds"], "runner": runner}
-    return {"units": rows, "seconds": seconds, "cpu": clock.cpu["stage"] - loads["cpu"], "start": start}
+
+    def prepare(lake: pathlib.Path) -> Callable[[], int]:
+        run = lakes.month_of(lake)
+        evaluation = run.manifest(run.stage("evaluation"))
+        registry.load(run.storage, "ranker", evaluation.info["ranker"])
+        shutil.rmtree(lake / run.stage("scores"), ignore_errors=True)
+
+        def scored() -> int:
+            run_pipeline(lambda root: score.define_pipeline(root, run, evaluation), [])
+            return run.manifest(run.stage("scores")).rows
+
+        return scored
+
+    with lakes.models_kept():
+        return harness.beyond_start(clock, prepare, lakes.month_lake(flags.work, *FEW), flags.lake)
 
 
 def bare(flags: argparse.Namespace) -> Told:
@@ -55,13 +63,14 @@ def bare(flags: argparse.Namespace) -> Told:
 
     tensorflow.load()
     clock.lap("imports")
-    run = lakes.month_of(flags.lake)
-    info = run.manifest(run.stage("evaluation")).info
-    ranker = registry.load(run.storage, "ranker", info["ranker"])
-    clock.lap("model")
-    rows = _scored_bare(run, info, ranker, fresh(flags.work / "bare"))
-    seconds = clock.lap("loop")
-    return {"units": rows, "seconds": seconds, "cpu": clock.cpu["loop"], "start": {name: clock.laps[name] for name in ("imports", "model")}}
+
+    def prepare(lake: pathlib.Path) -> Callable[[], int]:
+        run = lakes.month_of(lake)
+        info = run.manifest(run.stage("evaluation")).info
+        ranker = registry.load(run.storage, "ranker", info["ranker"])
+        return lambda: _scored_bare(run, info, ranker, fresh(flags.work / "bare"))
+
+    return harness.beyond_start(clock, prepare, lakes.month_lake(flags.work, *FEW), flags.lake)
 
 
 def _scored_bare(run: Any, info: Any, ranker: Any, out: pathlib.Path) -> int:
@@ -144,29 +153,31 @@ def stock(flags: argparse.Namespace) -> Told:
     from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
     from bench import lakes
-    from model import tensorflow
+    from model import registry, tensorflow
 
     tensorflow.load()
     clock.lap("imports")
     run = lakes.month_of(flags.lake)
     version = run.manifest(run.stage("evaluation")).info["ranker"]
-    lakes.start_runner()
-    lakes.start_runner()
-    runner = clock.lap("runner, twice") / 2
-    source = flags.work / f"joined-{flags.slice}"
-    out = fresh(flags.work / "stock")
-    with lakes.loads_timed() as loads:
-        schema = pq.read_schema(next(source.iterdir()))
-        with beam.Pipeline(FnApiRunner()) as root:
-            _ = (
-                root
-                | beam.io.ReadFromParquet(str(source / "*.parquet"))
-                | RunInference(RowHandler.make(run, version, schema))
-                | beam.io.WriteToParquet(str(out / "scores"), pa.schema([("key", pa.string()), ("p_click", pa.float64())]))
-            )
-    start = {"imports": clock.laps["imports"], "model": loads["seconds"], "runner": runner}
-    seconds = clock.lap("stage") - loads["seconds"] - runner
-    return {"units": flags.slice, "seconds": seconds, "cpu": clock.cpu["stage"] - loads["cpu"], "start": start}
+
+    def prepare(source: pathlib.Path) -> Callable[[], int]:
+        schema, out = pq.read_schema(next(source.iterdir())), fresh(flags.work / "stock")
+        registry.load(run.storage, "ranker", version)
+
+        def scored() -> int:
+            with beam.Pipeline(FnApiRunner()) as root:
+                _ = (
+                    root
+                    | beam.io.ReadFromParquet(str(source / "*.parquet"))
+                    | RunInference(RowHandler.make(run, version, schema))
+                    | beam.io.WriteToParquet(str(out / "scores"), pa.schema([("key", pa.string()), ("p_click", pa.float64())]))
+                )
+            return flags.slice
+
+        return scored
+
+    with lakes.models_kept():
+        return harness.beyond_start(clock, prepare, flags.work / "joined-few", flags.work / f"joined-{flags.slice}")
 
 
 class RayModel:

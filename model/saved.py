@@ -1,5 +1,6 @@
 """A SavedModel that takes any number of rows: in batches of one shape, and past the rows and the sizes that make it fail."""
 
+import contextlib
 import json
 import pathlib
 from typing import Any
@@ -21,11 +22,12 @@ class SavedModel:
     def __init__(self, folder: pathlib.Path | str, kind: str, output: str, width: int, batch: int, compiled: bool = False) -> None:
         """Load a model folder; a local path, since TensorFlow reads nothing else here.
 
-        A `compiled` one is compiled by XLA at its first call, which takes a part of a second: layers of a few dozen units take about half
-        as long then, and convolutions on a CPU longer.
+        The first call is made here: what is slow about it, and what is wrong with the machine, is found before there are rows. A `compiled`
+        one is compiled by XLA: layers of a few dozen units take about half as long then, and convolutions on a CPU longer.
 
         Raises:
             ValueError: the folder is no model, or one of another kind.
+            tensorflow.errors.OpError: the model cannot be run here.
         """
         import tensorflow as tf
 
@@ -37,19 +39,14 @@ class SavedModel:
         if self.spec["kind"] != kind:
             raise ValueError(f"{str(folder)!r} holds a model of kind {self.spec['kind']!r}; expected {kind!r}")
         loaded = tf.saved_model.load(str(folder / "saved_model"))
-        # A function keeps no hold of the variables that it reads, so the model is kept beside it.
-        self._loaded, self._function = (
-            loaded,
-            tf.function(lambda arrays: loaded.serve(arrays)[output], jit_compile=compiled, autograph=False),
-        )
-        self._width, self.batch, self._works = width, batch, False
+        self._serve = tf.function(lambda arrays: loaded.serve(arrays)[output], jit_compile=compiled, autograph=False)
+        self._width, self.batch = width, batch
+        _, inputs = loaded.signatures["serving_default"].structured_input_signature
+        with contextlib.suppress(tf.errors.ResourceExhaustedError):
+            self._call({name: np.zeros((1, *one.shape[1:]), one.dtype.as_numpy_dtype) for name, one in inputs.items()}, batch)
 
     def run(self, arrays: dict[str, np.ndarray], rows: int) -> np.ndarray:
-        """The output for arrays of `rows` rows each, float32 (rows, width); NaN in the rows that the model fails on.
-
-        Raises:
-            tensorflow.errors.OpError: the model fails on zeros too, so it is not the rows that it fails on.
-        """
+        """The output for arrays of `rows` rows each, float32 (rows, width); NaN in the rows that the model fails on."""
         import tensorflow as tf
 
         out = np.full((rows, self._width), np.nan, np.float32)
@@ -70,16 +67,13 @@ class SavedModel:
                 self.batch = min(self.batch, size // 2)
                 todo.append((start, stop))
             except tf.errors.OpError:
-                if not self._works:
-                    self._call({name: np.zeros_like(array) for name, array in part.items()}, size)
-                    self._works = True
                 if stop - start > 1:
                     todo += [(start, middle), (middle, stop)]
         return out
 
     def _call(self, part: dict[str, np.ndarray], size: int) -> np.ndarray:
         rows = len(next(iter(part.values())))
-        return self._function({name: _padded(array, size) for name, array in part.items()}).numpy()[:rows]
+        return self._serve({name: _padded(array, size) for name, array in part.items()}).numpy()[:rows]
 
 
 def _padded(array: np.ndarray, rows: int) -> np.ndarray:

@@ -12,7 +12,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     import tensorflow as tf
 
     class Doubler(tf.Module):
-        @tf.function(input_signature=[{"x": tf.TensorSpec([None, 2], tf.float32)}])
+        @tf.function(input_signature=[{"x": tf.TensorSpec([None, 2], tf.float32, name="x")}])
         def serve(self, inputs: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
             x = inputs["x"]
             with tf.control_dependencies([tf.debugging.assert_none_equal(x, 13.0)]):
@@ -56,7 +56,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_size_kept(folder: pathlib.P
     assert set(sizes) == {8}
 
 
-def test_a_model_that_fails_on_zeros_too_fails_as_a_whole(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_be_run_here_is_found_at_load(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import tensorflow as tf
 
     def broken(self: SavedModel, part: dict[str, np.ndarray], size: int) -> np.ndarray:
@@ -64,7 +64,7 @@ def test_a_model_that_fails_on_zeros_too_fails_as_a_whole(folder: pathlib.Path, 
 
     monkeypatch.setattr(SavedModel, "_call", broken)
     with pytest.raises(tf.errors.InternalError, match="no compiler"):
-        SavedModel(folder, "test", "y", 2, 16).run({"x": np.ones((60, 2), np.float32)}, 60)
+        SavedModel(folder, "test", "y", 2, 16)
 
 
 def test_no_rows(folder: pathlib.Path) -> None:
