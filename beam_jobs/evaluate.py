@@ -194,7 +194,7 @@ def predicted(
         predictions: dict[str, np.ndarray] = {}
         for name, pair in pairs.items():
             ranker = ranker_of(run, pair.ranker)
-            predictions[name] = probabilities_of(by_encoder[pair.encoder], ranker, at_reference=False)[0]
+            predictions[name] = probabilities_of(by_encoder[pair.encoder], ranker)
             predictions.setdefault(gate.BASE_RATE, np.full(len(predictions[name]), ranker.base_rate))
         yield next(iter(by_encoder.values())), clicks[judged], impressions[judged], predictions
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from apache_beam.ml.inference.base import ModelHandler
 
 from model import images, registry
@@ -77,30 +78,31 @@ class RankerHandler(_BatchHandler[Any]):
         return [(name, scored(rows, model, self._carried))]
 
 
-def probabilities_of(rows: pa.RecordBatch, ranker: Any, at_reference: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Click probabilities of joined rows, float64 (rows,), and whether they are the ranker's own, bool (rows,).
+def probabilities_of(rows: pa.RecordBatch, ranker: Any) -> np.ndarray:
+    """Click probabilities of joined rows at their own positions, as scoring gives them at the reference; float64 (rows,)."""
+    probability = ranker.predict(rows, at_reference=False)
+    return np.where(_found(rows, probability), probability, ranker.base_rate)
 
-    A row that gets no finite probability, or whose image got no embedding, has the base rate.
-    """
-    probability = ranker.predict(rows, at_reference)
+
+def _found(rows: pa.RecordBatch, probability: np.ndarray) -> np.ndarray:
+    """Whether a row has its own probability, bool (rows,): the others, which get the base rate, got none, or their image no embedding."""
     usable, embedded = (rows[name].is_valid().to_numpy(zero_copy_only=False) for name in ("creative", "embedding"))
-    found = np.isfinite(probability) & (embedded | ~usable)
-    return np.where(found, probability, ranker.base_rate), found
+    return np.isfinite(probability) & (embedded | ~usable)
 
 
 def scored(rows: pa.RecordBatch, ranker: Any, carried: Sequence[str]) -> pa.RecordBatch:
     """Score joined rows at the reference position; a row with the base rate instead says so."""
-    (probability, found), evidence = probabilities_of(rows, ranker, at_reference=True), ranker.evidence(rows)
-    usable = rows["creative"].is_valid().to_numpy(zero_copy_only=False)
-    status = np.where(found, np.where(usable, OK, NO_IMAGE), FALLBACK)
+    probability, evidence = ranker.score(rows)
+    found = _found(rows, probability)
+    status = pc.if_else(pa.array(found), pc.if_else(rows["creative"].is_valid(), OK, NO_IMAGE), FALLBACK)
     columns = {
         "key": rows["key"],
         **{name: rows[name] for name in carried},
-        "p_click": pa.array(probability, pa.float64()),
+        "p_click": pa.array(np.where(found, probability, ranker.base_rate)),
         "creative": rows["creative"],
         "image_status": rows["image_status"],
-        "score_status": pa.array(status.astype(object), pa.string()),
-        "evidence_key": pa.array(evidence[0], pa.int64()),
-        "evidence_creative": pa.array(evidence[1], pa.int64()),
+        "score_status": status,
+        "evidence_key": pa.array(evidence[:, 0]),
+        "evidence_creative": pa.array(evidence[:, 1]),
     }
     return pa.RecordBatch.from_arrays(list(columns.values()), list(columns))

@@ -114,12 +114,13 @@ class Features:
         widths |= {} if widths["categorical"] or widths["numeric"] or self.embedding_width or self.history else {"constant": 1}
         return {name: width for name, width in widths.items() if width}
 
-    def arrays(self, batch: pa.RecordBatch, at_reference: bool) -> Arrays:
+    def arrays(self, batch: pa.RecordBatch, at_reference: bool, evidence: bool = False) -> Arrays:
         """The model's inputs.
 
         Args:
             batch: a joined batch; its outcome columns are not looked at and may be absent.
             at_reference: take every row's position as the contract's reference position, as scoring does.
+            evidence: whether to look that up as well.
 
         Returns:
             categorical: int32 (rows, categoricals): 0 is missing, 1 is a value never seen or one that training hides, others are known.
@@ -130,6 +131,7 @@ class Features:
             has_image: float32 (rows, 1), and
             creative: int32 (rows, 1), like a categorical; for what no image shows of a creative that was seen in training.
             history: float32 (rows, 2 x names), of the months before the batch's own.
+            evidence: where asked for, and no input: int64 (rows, 2), impressions that each row's key and creative had in training.
         """
         out: Arrays = {}
         if self.categoricals:
@@ -148,7 +150,9 @@ class Features:
             out |= _images(batch, self.embedding_width)
             out["creative"] = self.vocabularies[-1].ids(batch["creative"], "creative")[:, None]
         if self.history:
-            out["history"] = self.history.arrays(batch, month_of(batch))
+            out |= self.history.arrays(batch, month_of(batch), evidence)
+        elif evidence:
+            out["evidence"] = np.zeros((len(batch), 2), np.int64)
         if "constant" in self.widths:
             out["constant"] = np.ones((len(batch), 1), np.float32)
         return out

@@ -179,18 +179,22 @@ class Ranker:
         Raises:
             ValueError: a column is missing that the contract has; `creative` and `embedding` may be.
         """
+        return self._run(batch, at_reference, evidence=False)[0]
 
-        def logits(rows: pa.RecordBatch) -> np.ndarray:
-            return self._saved.run(self.features.arrays(rows, at_reference), len(rows))[:, 0]
+    def score(self, batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
+        """Of a joined batch what `predict` gives, and int64 (rows, 2): impressions that each row's key and creative had in training."""
+        return self._run(batch, at_reference=True, evidence=True)
 
-        return probabilities(np.concatenate(list(self._threads.map(logits, _halves(self._whole(batch))))))
+    def _run(self, batch: pa.RecordBatch, at_reference: bool, evidence: bool) -> tuple[np.ndarray, np.ndarray]:
+        none = np.zeros((0, 2), np.int64)
 
-    def evidence(self, batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
-        """Impressions that each row's key and creative had in training, int64 (rows,) each."""
-        if not self.features.history:
-            return np.zeros(len(batch), np.int64), np.zeros(len(batch), np.int64)
-        keys, creatives = zip(*self._threads.map(self.features.history.evidence, _halves(self._whole(batch))), strict=True)
-        return np.concatenate(keys), np.concatenate(creatives)
+        def of(rows: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
+            arrays = self.features.arrays(rows, at_reference, evidence)
+            known = arrays.pop("evidence", none)
+            return probabilities(self._saved.run(arrays, len(rows))[:, 0]), known
+
+        found, known = zip(*self._threads.map(of, _halves(self._whole(batch))), strict=True)
+        return np.concatenate(found), np.concatenate(known)
 
     def _whole(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """The batch, rows without a picture where it has no `creative`."""

@@ -160,30 +160,33 @@ class History:
             months[old[-1]] = tuple(functools.reduce(lambda one, more: one.plus(*more), tallies) for tallies in by_name)
         return dataclasses.replace(self, months=dict(sorted(months.items())))
 
-    def arrays(self, batch: pa.RecordBatch, month: int) -> np.ndarray:
-        """float32 (rows, 2 x names): smoothed log-odds against the base rate, and log impressions, of the months before `month`."""
-        out = []
-        for clicks, impressions in self._sums(batch, [earlier for earlier in self.months if earlier < month]):
-            expected = impressions * self.base_rate
-            out += [np.log((clicks + _PRIOR_CLICKS) / (expected + _PRIOR_CLICKS)), np.log1p(impressions) / 4]
-        return np.stack(out, axis=1).astype(np.float32)
+    def arrays(self, batch: pa.RecordBatch, month: int, evidence: bool = False) -> dict[str, np.ndarray]:
+        """What the months say of each row.
 
-    def evidence(self, batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
-        """Impressions that each row's key and creative had in training, int64 (rows,) each."""
-        (_, key), (_, creative), *_ = self._sums(batch, list(self.months))
-        return np.rint(key).astype(np.int64), np.rint(creative).astype(np.int64)
-
-    def _sums(self, batch: pa.RecordBatch, months: Iterable[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-        sums = []
+        Returns:
+            history: float32 (rows, 2 x names): smoothed log-odds against the base rate, and log impressions, of the months before `month`.
+            evidence: where asked for, int64 (rows, 2): impressions that the row's key and its creative had in training.
+        """
+        history, shown = [], []
         for number, name in enumerate(self.names):
             hashes, rows = _coded(batch[name], name)
-            clicks, impressions = np.zeros(len(hashes) + 1), np.zeros(len(hashes) + 1)
-            for month in sorted(months):
-                more = self.months[month][number].of(hashes)
-                clicks[:-1] += more[0]
-                impressions[:-1] += more[1]
-            sums.append((clicks[rows], impressions[rows]))
-        return sums
+            clicks, impressions = self._sums(number, hashes, [earlier for earlier in self.months if earlier < month])
+            odds = np.log((clicks + _PRIOR_CLICKS) / (impressions * self.base_rate + _PRIOR_CLICKS))
+            history += [np.append(values.astype(np.float32), np.float32(0))[rows] for values in (odds, np.log1p(impressions) / 4)]
+            if evidence and name in ALWAYS:
+                impressions = impressions + self._sums(number, hashes, [later for later in self.months if later >= month])[1]
+                shown.append(np.append(np.rint(impressions).astype(np.int64), 0)[rows])
+        out = {"history": np.stack(history, axis=1)}
+        return out | {"evidence": np.stack(shown, axis=1)} if evidence else out
+
+    def _sums(self, number: int, hashes: np.ndarray, months: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Clicks and impressions of the hashes of the values of a name, float64, in some months."""
+        clicks, impressions = np.zeros(len(hashes)), np.zeros(len(hashes))
+        for month in sorted(months):
+            more = self.months[month][number].of(hashes)
+            clicks += more[0]
+            impressions += more[1]
+        return clicks, impressions
 
     def plain(self) -> dict[str, Any]:
         months = {str(month): [[_text(array) for array in tally] for tally in tallies] for month, tallies in self.months.items()}

@@ -143,7 +143,8 @@ def test_scores_without_images(loaded: Ranker, batch: pa.RecordBatch) -> None:
     assert np.isfinite(p).all() and 0.5 < p.mean() / loaded.predict(batch).mean() < 1.5
     without = bare.drop_columns(["creative"])
     np.testing.assert_array_equal(loaded.predict(without), p)
-    np.testing.assert_array_equal(loaded.evidence(without), loaded.evidence(bare))
+    for found, expected in zip(loaded.score(without), loaded.score(bare), strict=True):
+        np.testing.assert_array_equal(found, expected)
     with pytest.raises(ValueError, match="the batch has no column 'key'; expected key, "):
         loaded.predict(batch.drop_columns(["key"]))
 

@@ -82,18 +82,18 @@ def test_history_is_of_the_months_before_and_evidence_of_all() -> None:
     tallies.add(second, 11, np.array([9.0, 0.0]), np.array([30.0, 5.0]))
     history = History(("key", "creative"), tallies.months(), 0.1)
     wanted = rows(["a", "b", "c"], ["x", None, "y"])
-    assert not history.arrays(wanted, 10).any()
-    at = history.arrays(wanted, 11)
+    assert not history.arrays(wanted, 10)["history"].any()
+    at = history.arrays(wanted, 11)["history"]
     np.testing.assert_allclose(at[:, 1], np.log1p([20, 10, 0]) / 4, rtol=1e-6)
     np.testing.assert_allclose(at[0, 0], np.log(7 / 7), atol=1e-6)
-    assert history.arrays(wanted, 12)[0, 0] > 0
-    key, creative = history.evidence(wanted)
-    assert key.tolist() == [55, 10, 0] and creative.tolist() == [50, 0, 5]
+    assert history.arrays(wanted, 12)["history"][0, 0] > 0
+    for month in (10, 11, 12):
+        assert history.arrays(wanted, month, evidence=True)["evidence"].tolist() == [[55, 50], [10, 0], [0, 5]]
     # What happens in a month leaves its own history as it was.
     tallies.add(second, 11, np.array([20.0, 5.0]), np.array([30.0, 5.0]))
     other = History(("key", "creative"), tallies.months(), 0.1)
-    np.testing.assert_array_equal(other.arrays(wanted, 11), at)
-    assert (other.arrays(wanted, 12) != history.arrays(wanted, 12)).any()
+    np.testing.assert_array_equal(other.arrays(wanted, 11)["history"], at)
+    assert (other.arrays(wanted, 12)["history"] != history.arrays(wanted, 12)["history"]).any()
     assert History.from_plain(history.plain()).plain() == history.plain()
 
 
@@ -105,10 +105,10 @@ def test_months_before_the_window_are_folded_into_one() -> None:
     folded = history.folded(9)
     assert list(folded.months) == [8, 9, 10] and history.folded(7).plain() == history.plain() == history.folded(8).plain()
     for month in (9, 10, 11):
-        np.testing.assert_array_equal(folded.arrays(wanted, month), history.arrays(wanted, month))
-    assert [known.tolist() for known in folded.evidence(wanted)] == [known.tolist() for known in history.evidence(wanted)]
+        np.testing.assert_array_equal(folded.arrays(wanted, month)["history"], history.arrays(wanted, month)["history"])
+        assert folded.arrays(wanted, month, True)["evidence"].tolist() == history.arrays(wanted, month, True)["evidence"].tolist()
     # Months that are folded have no history any more: none of what came later gets into it.
-    assert not folded.arrays(wanted, 8).any()
+    assert not folded.arrays(wanted, 8)["history"].any()
 
 
 def test_rows_are_added_up_many_at_a_time(monkeypatch) -> None:  # type: ignore[no-untyped-def]
