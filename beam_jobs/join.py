@@ -88,7 +88,7 @@ class MonthRows:
             else:
                 names = pa.nulls(unit.rows, pa.string())
             places, start = joiner.places(names), 0
-            for rows in read_parquet(self._run.storage, unit.file):
+            for rows in read_parquet(self._run.storage, unit.file, coded=True):
                 of_rows = slice(start, start + len(rows))
                 yield joiner.join(rows, names[of_rows], places[of_rows]).append_column(MONTH, pa.repeat(number, len(rows)))
                 start += len(rows)

@@ -68,10 +68,19 @@ def upload(storage: Storage, path: pathlib.Path, name: str, checksum: str = "") 
     return name, checksum
 
 
-def read_parquet(storage: Storage, file: str, columns: list[str] | None = None, rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
-    """Stream a Parquet file of the lake in batches of up to `rows` rows."""
-    with storage.local(file) as path, pq.ParquetFile(path, memory_map=True) as parquet:
+def read_parquet(
+    storage: Storage, file: str, columns: list[str] | None = None, rows: int = BATCH_ROWS, coded: bool = False
+) -> Iterator[pa.RecordBatch]:
+    """Stream a Parquet file of the lake in batches of up to `rows` rows; `coded`, texts that it has as codes stay so."""
+    with storage.local(file) as path, pq.ParquetFile(path, memory_map=True, read_dictionary=_coded(path) if coded else None) as parquet:
         yield from parquet.iter_batches(rows, columns=columns)
+
+
+def _coded(path: pathlib.Path) -> list[str]:
+    """Columns of texts that the file has as codes of their distinct values."""
+    file = pq.read_metadata(path)
+    columns = [file.row_group(0).column(number) for number in range(file.num_columns if file.num_row_groups else 0)]
+    return [one.path_in_schema for one in columns if one.physical_type == "BYTE_ARRAY" and one.has_dictionary_page]
 
 
 def read_columns(storage: Storage, file: str, columns: list[str]) -> Iterator[pa.RecordBatch]:

@@ -22,12 +22,8 @@ class Says:
     base_rate: float = 0.02
     encoder_version: str = "e"
 
-    def predict(self, rows: pa.RecordBatch, at_reference: bool) -> np.ndarray:
-        assert at_reference
-        return np.array(self.probabilities[: len(rows)], np.float64)
-
-    def evidence(self, rows: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
-        return np.arange(len(rows)), np.arange(len(rows)) * 2
+    def score(self, rows: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
+        return np.array(self.probabilities[: len(rows)], np.float64), np.arange(len(rows))[:, None] * [1, 2]
 
 
 class Mean:

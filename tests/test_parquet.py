@@ -34,6 +34,16 @@ def test_what_is_written_is_read(storage: Storage, sizes: list[int]) -> None:
     assert pa.Table.from_batches(read, SCHEMA) == pa.Table.from_batches(batches)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 9000, BATCH_ROWS + 1])
+def test_texts_that_repeat_may_stay_codes(storage: Storage, rows: int) -> None:
+    names = pa.array([None if n % 5 == 0 else f"v{n % 7}" for n in range(rows)], pa.string())
+    written = batch(rows).append_column("name", names).append_column("blob", pa.array([b"1234"] * rows, pa.binary(4)))
+    receipt = write_parquet(storage, "rows/x", "shard/00001", [written])
+    read = pa.Table.from_batches(list(read_parquet(storage, receipt.file, coded=True)) or [written])
+    assert rows < 2 or [pa.types.is_dictionary(read[name].type) for name in read.column_names] == [False, False, True, False]
+    assert read.cast(written.schema) == pa.Table.from_batches([written])
+
+
 def test_the_receipt_tells_name_rows_counts_and_checksum(storage: Storage) -> None:
     receipt = write_parquet(storage, "rows/x", "shard/00001", iter([batch(3), batch(4)]), {"ingested": 7})
     (entry,) = storage.entries("rows/x/")
