@@ -88,8 +88,10 @@ class MonthRows:
             else:
                 names = pa.nulls(unit.rows, pa.string())
             places, start = joiner.places(names), 0
-            for rows in read_parquet(self._run.storage, unit.file, coded=True):
-                of_rows = slice(start, start + len(rows))
+            others = [column.name for column in self._run.contract.kept if column.name != image]
+            for batch in read_parquet(self._run.storage, unit.file, ["key", *others], coded=True):
+                of_rows = slice(start, start + len(batch))
+                rows = batch.append_column(image, names[of_rows]) if image else batch
                 yield joiner.join(rows, names[of_rows], places[of_rows]).append_column(MONTH, pa.repeat(number, len(rows)))
                 start += len(rows)
 

@@ -24,6 +24,7 @@ from apache_beam.options.pipeline_options import (
     WorkerOptions,
 )
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.runners.worker import statesampler
 
 from beam_jobs import workers
 from beam_jobs.config import ConfigError, suggestion
@@ -33,6 +34,8 @@ from schemas import lake
 log = logging.getLogger("adstocrat")
 Define = Callable[[beam.Pipeline], None]
 
+# Each bundle's end waits for a thread that looks now and then at which step is busy: every 200 ms, if nothing else is said.
+_SAMPLING_MS = 10
 _SEVERAL_WORKERS = "Beam 2.77 loses rows with several local workers; leave it out (cores are used by threads), or name a cluster's --runner"
 
 
@@ -52,6 +55,8 @@ def run_pipeline(define: Define, flags: Sequence[str]) -> None:
 
 def _run(define: Define, options: PipelineOptions) -> None:
     runner = None if options.get_all_options().get("runner") else FnApiRunner()
+    if runner:
+        statesampler.StateSampler.__init__.__defaults__ = (_SAMPLING_MS,)
     pipeline = beam.Pipeline(runner=runner, options=options)
     define(pipeline)
     try:

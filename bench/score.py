@@ -97,6 +97,8 @@ def _scored_bare(run: Any, info: Any, ranker: Any, out: pathlib.Path) -> int:
 
 
 def _joined_bare(run: Any, info: Any) -> Iterator[tuple[str, pa.RecordBatch]]:
+    from schemas.parquet import read_parquet
+
     root, month = pathlib.Path(run.storage.uri), pa.scalar(int(run.month[:4]) * 12 + int(run.month[5:]) - 1, pa.int32())
     index, embeddings, rows = (
         {receipt.unit.split("/")[1]: receipt.file for receipt in run.manifest(folder).receipts if not receipt.unit.startswith("file/")}
@@ -111,7 +113,7 @@ def _joined_bare(run: Any, info: Any) -> Iterator[tuple[str, pa.RecordBatch]]:
         place = pc.index_in(pq.read_table(root / file, columns=["image"])["image"].combine_chunks(), image)
         whose, start = creative.take(place), 0
         at = pc.index_in(whose, known)
-        for batch in pq.ParquetFile(root / file).iter_batches(1 << 16):
+        for batch in read_parquet(run.storage, file, coded=True):
             own = slice(start, start + len(batch))
             start += len(batch)
             added = {
@@ -235,6 +237,7 @@ def fresh(folder: pathlib.Path) -> pathlib.Path:
 def lay_out(run: Any, folder: pathlib.Path, rows: int) -> None:
     """The first rows of the month, joined, in files of 500,000."""
     from beam_jobs.join import month_rows
+    from schemas.parquet import decoded
 
     if folder.exists():
         return
@@ -244,7 +247,7 @@ def lay_out(run: Any, folder: pathlib.Path, rows: int) -> None:
     for unit in joined.units:
         writer = None
         for batch in joined.batches(unit):
-            if some := batch.slice(0, left):
+            if some := decoded(batch.slice(0, left)):
                 writer = writer or pq.ParquetWriter(making / f"{number:03d}.parquet", some.schema, compression="zstd", compression_level=1)
                 writer.write_batch(some)
                 left -= len(some)

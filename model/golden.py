@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from schemas.contract import OUTCOMES
+from schemas.parquet import decoded
 
 # Arrow itself: Parquet cannot read back lists of one size of which some are null.
 FILE, ROWS = "golden.arrow", 1000
@@ -30,8 +31,7 @@ def write(folder: pathlib.Path, batches: Iterable[pa.RecordBatch]) -> None:
         tags = {column.name: column.tags for column in ranker.features.contract.columns}
         inputs = batch.select([name for name in batch.schema.names if not tags.get(name, frozenset()) & set(OUTCOMES)]).slice(0, left)
         # Codes would need one dictionary for all batches.
-        plain = pa.schema([f.with_type(f.type.value_type) if pa.types.is_dictionary(f.type) else f for f in inputs.schema])
-        parts.append(inputs.cast(plain).append_column(SCORE, pa.array(ranker.predict(inputs), pa.float64())))
+        parts.append(decoded(inputs).append_column(SCORE, pa.array(ranker.predict(inputs), pa.float64())))
         left -= inputs.num_rows
         if not left:
             break

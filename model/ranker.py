@@ -174,7 +174,7 @@ class Ranker:
     def predict(self, batch: pa.RecordBatch, at_reference: bool = True) -> np.ndarray:
         """Click probabilities of a joined batch, float64 (rows,): at the reference position, or at each row's own.
 
-        NaN for a row that the model fails on.
+        NaN for a row of which the model says no number.
 
         Raises:
             ValueError: a column is missing that the contract has; `creative` and `embedding` may be.

@@ -80,18 +80,24 @@ def load(storage: Storage, kind: str, version: str) -> Any:
     """An `Encoder` or a `Ranker`, ready to run; a ranker is held to its golden scores first.
 
     Raises:
-        ModelError: no such model, its files are not those that were saved, or it scores otherwise here than where it was trained.
+        ModelError: no such model, its files are not those that were saved, it cannot be run here, or it scores otherwise here than where
+            it was trained.
     """
     from model import golden, tensorflow
     from model.encoder import Encoder
     from model.ranker import Ranker
 
     tensorflow.load()
+    from tensorflow.errors import OpError
+
     with local_folder() as folder:
         fetch(storage, kind, version, folder)
-        if kind == "encoder":
-            return Encoder(folder)
-        ranker = Ranker(folder)
+        try:
+            if kind == "encoder":
+                return Encoder(folder)
+            ranker = Ranker(folder)
+        except OpError as error:
+            raise ModelError(f"{kind} {version!r} cannot be run here: {error.message}") from error
         # That there are some is the gate's to see.
         if (folder / golden.FILE).exists() and (wrong := golden.differences(ranker, folder)):
             raise ModelError(f"ranker {version!r} is not what it was: {wrong}; the image or the driver is not what it was trained with")

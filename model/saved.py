@@ -23,7 +23,8 @@ class SavedModel:
         """Load a model folder; a local path, since TensorFlow reads nothing else here.
 
         The first call is made here: what is slow about it, and what is wrong with the machine, is found before there are rows. A `compiled`
-        one is compiled by XLA: layers of a few dozen units take about half as long then, and convolutions on a CPU longer.
+        one is compiled by XLA, and runs on the CPU wherever it is: layers of a few dozen units take about half as long then, and
+        convolutions longer.
 
         Raises:
             ValueError: the folder is no model, or one of another kind.
@@ -38,8 +39,11 @@ class SavedModel:
             raise ValueError(f"{str(folder)!r} is no model folder: it has no spec.json; expected what training wrote") from None
         if self.spec["kind"] != kind:
             raise ValueError(f"{str(folder)!r} holds a model of kind {self.spec['kind']!r}; expected {kind!r}")
-        loaded = tf.saved_model.load(str(folder / "saved_model"))
+        self._device = "/CPU:0" if compiled else None
+        with tf.device(self._device):
+            loaded = tf.saved_model.load(str(folder / "saved_model"))
         self._serve = tf.function(lambda arrays: loaded.serve(arrays)[output], jit_compile=compiled, autograph=False)
+        self._by_size = dict[int, Any]()
         self._width, self.batch = width, batch
         _, inputs = loaded.signatures["serving_default"].structured_input_signature
         with contextlib.suppress(tf.errors.ResourceExhaustedError):
@@ -72,8 +76,14 @@ class SavedModel:
         return out
 
     def _call(self, part: dict[str, np.ndarray], size: int) -> np.ndarray:
-        rows = len(next(iter(part.values())))
-        return self._serve({name: _padded(array, size) for name, array in part.items()}).numpy()[:rows]
+        import tensorflow as tf
+
+        rows, padded = len(next(iter(part.values()))), {name: _padded(array, size) for name, array in part.items()}
+        with tf.device(self._device):
+            if size not in self._by_size:
+                arrays = {name: tf.TensorSpec(array.shape, array.dtype, name) for name, array in padded.items()}
+                self._by_size[size] = self._serve.get_concrete_function(arrays)
+            return self._by_size[size](padded).numpy()[:rows]
 
 
 def _padded(array: np.ndarray, rows: int) -> np.ndarray:

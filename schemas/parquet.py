@@ -83,6 +83,15 @@ def _coded(path: pathlib.Path) -> list[str]:
     return [one.path_in_schema for one in columns if one.physical_type == "BYTE_ARRAY" and one.has_dictionary_page]
 
 
+def decoded(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch with texts in place of their codes."""
+    return batch.cast(pa.schema([field.with_type(field.type.value_type) if _is_coded(field) else field for field in batch.schema]))
+
+
+def _is_coded(field: pa.Field) -> bool:
+    return bool(pa.types.is_dictionary(field.type))
+
+
 def read_columns(storage: Storage, file: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
     """Stream some narrow columns of a Parquet file, without fetching the wide ones beside them."""
     with storage.open(file, NARROW_CHUNK) as stream, pq.ParquetFile(pa.PythonFile(stream, "r")) as parquet:

@@ -78,6 +78,9 @@ def test_codes_of_texts_and_of_numbers_give_the_same_arrays() -> None:
             assert list(found) == list(expected)
             for name, array in found.items():
                 np.testing.assert_array_equal(array, expected[name])
+            of_codes = Fitter(contract, 4)
+            of_codes.add(again, again)
+            assert of_codes.fit().to_json() == features.to_json()
 
 
 @pytest.mark.parametrize("room", [True, False])

@@ -114,7 +114,8 @@ def test_golden_scores_of_several_months_are_given_again(
     folder = shutil.copytree(trained[0], tmp_path / "ranker")
     months = [batch.append_column("month_number", pa.array(np.full(ROWS, number))).slice(0, 300) for number in (0, 1, 999)]
     # A file of the lake may have codes for what another has as texts.
-    months[1] = months[1].set_column(months[1].schema.get_field_index("campaign"), "campaign", months[1]["campaign"].dictionary_encode())
+    at = months[0].schema.get_field_index("campaign")
+    months[1:] = [month.set_column(at, "campaign", month["campaign"].dictionary_encode()) for month in (months[1], months[2][100:])]
     golden.write(folder, months)
     assert golden.differences(loaded, folder) == ""
     kept = pa.ipc.open_file(folder / golden.FILE)

@@ -56,6 +56,14 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_size_kept(folder: pathlib.P
     assert set(sizes) == {8}
 
 
+def test_a_compiled_model_says_the_same_in_any_size_and_nothing_else(folder: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    x = np.arange(200, 400, dtype=np.float32).reshape(100, 2)
+    for size in (1, 7, 16, 64, 128, 3):
+        np.testing.assert_array_equal(SavedModel(folder, "test", "y", 2, size, compiled=True).run({"x": x}, 100), 2 * x)
+    # TensorFlow warns of a function that is traced again and again.
+    assert not caplog.records
+
+
 def test_a_model_that_cannot_be_run_here_is_found_at_load(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import tensorflow as tf
 
