@@ -94,14 +94,14 @@ def scored(rows: pa.RecordBatch, ranker: Any, carried: Sequence[str]) -> pa.Reco
     """Score joined rows at the reference position; a row with the base rate instead says so."""
     probability, evidence = ranker.score(rows)
     found = _found(rows, probability)
-    status = pc.if_else(pa.array(found), pc.if_else(rows["creative"].is_valid(), OK, NO_IMAGE), FALLBACK)
+    status = pc.if_else(pa.array(found), pc.if_else(rows["creative"].is_valid(), 0, 1), 2)
     columns = {
         "key": rows["key"],
         **{name: rows[name] for name in carried},
         "p_click": pa.array(np.where(found, probability, ranker.base_rate)),
         "creative": rows["creative"],
         "image_status": rows["image_status"],
-        "score_status": status,
+        "score_status": pa.DictionaryArray.from_arrays(status, [OK, NO_IMAGE, FALLBACK]),
         "evidence_key": pa.array(evidence[:, 0]),
         "evidence_creative": pa.array(evidence[:, 1]),
     }

@@ -27,7 +27,13 @@ class ShardImages:
 
     def __init__(self, storage: Storage, index: Receipt | None, embeddings: Receipt | None, width: int | None):
         table = _table(storage, index, INDEX)
-        self._names, self._creatives, self._status = (table[name].combine_chunks() for name in INDEX.names)
+        self._names, self._creatives, status = (table[name].combine_chunks() for name in INDEX.names)
+        known = status.dictionary_encode()
+        # What an image may be, behind what a row may be without one.
+        self._status, self._statuses = (
+            pc.add(known.indices, 2),
+            pa.concat_arrays([pa.array([images.NO_IMAGE, images.MISSING]), known.dictionary]),
+        )
         self._vectors = None
         if width is not None:
             schema = pa.schema([("creative", pa.string()), ("embedding", embedding_type(width))])
@@ -41,7 +47,8 @@ class ShardImages:
 
     def join(self, rows: pa.RecordBatch, image: pa.Array, places: pa.Array) -> pa.RecordBatch:
         """The rows, by their `image` names and the `places` of these, with `creative`, `image_status` and, with an encoder, `embedding`."""
-        status = pc.if_else(image.is_null(), images.NO_IMAGE, pc.fill_null(self._status.take(places), images.MISSING))
+        code = pc.if_else(image.is_null(), 0, pc.fill_null(self._status.take(places), 1))
+        status = pa.DictionaryArray.from_arrays(code, self._statuses)
         joined = rows.append_column("creative", self._creatives.take(places)).append_column("image_status", status)
         return joined if self._vectors is None else joined.append_column("embedding", self._vectors.take(places))
 

@@ -49,12 +49,13 @@ def read_unit(run: MonthRun, encoder: str, unit: Receipt) -> Iterator[Named]:
 def label(run: MonthRun, encoder: str, ranker: str, name: str, scores: pa.RecordBatch) -> Named:
     """The scores as rows of the score table: with the month, the versions and the run."""
     same = {"month": datetime.date.fromisoformat(f"{run.month}-01"), "encoder_version": encoder, "model_version": ranker, "run_id": run.id}
-    schema = tables.schema("scores", run.contract)
-    columns = [
-        pa.repeat(pa.scalar(same[field.name], field.type), len(scores)) if field.name in same else scores[field.name].cast(field.type)
-        for field in schema
-    ]
-    return name, pa.RecordBatch.from_arrays(columns, schema=schema)
+    columns, fields = [], []
+    for field in tables.schema("scores", run.contract):
+        column = pa.repeat(pa.scalar(same[field.name], field.type), len(scores)) if field.name in same else scores[field.name]
+        # Texts that are codes are written as these.
+        columns.append(column if pa.types.is_dictionary(column.type) else column.cast(field.type))
+        fields.append(field.with_type(columns[-1].type))
+    return name, pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
 
 
 def count(scores: pa.RecordBatch) -> dict[str, int]:

@@ -48,7 +48,8 @@ class ParquetFile(pq.ParquetWriter):
     def __init__(self, path: pathlib.Path, first: pa.RecordBatch):
         """Open a file for batches like the first."""
         how = {"compression": "zstd", "compression_level": 1, "write_statistics": False, "use_dictionary": _repeating(first)}
-        super().__init__(path, first.schema, **how)
+        # That texts came as codes is nothing to readers.
+        super().__init__(path, first.schema, store_schema=not any(map(_is_coded, first.schema)), **how)
 
     def write(self, batch: pa.RecordBatch) -> None:
         super().write_batch(batch, row_group_size=BATCH_ROWS)
@@ -57,8 +58,9 @@ class ParquetFile(pq.ParquetWriter):
 def _repeating(batch: pa.RecordBatch) -> list[str]:
     """Columns whose values repeat: others would fill a dictionary first and be written again without, which takes twice as long."""
     heads = dict(zip(batch.schema.names, batch.slice(0, _HEAD_ROWS).columns, strict=True))
+    coded = [field.name for field in batch.schema if _is_coded(field)]
     plain = [name for name, head in heads.items() if pa.types.is_string(head.type) or pa.types.is_integer(head.type)]
-    return [name for name in plain if 2 * len(pc.unique(heads[name])) <= len(heads[name])]
+    return coded + [name for name in plain if 2 * len(pc.unique(heads[name])) <= len(heads[name])]
 
 
 def upload(storage: Storage, path: pathlib.Path, name: str, checksum: str = "") -> tuple[str, str]:
