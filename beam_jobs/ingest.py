@@ -30,11 +30,12 @@ from beam_jobs.run import MonthRun
 from beam_jobs.threads import EachInThreads, InThreads
 from beam_jobs.workers import Listed
 from model.features import MONTH, is_mature
+from model.seen import hashes_of
 from schemas import lake
 from schemas.ahead import ahead
 from schemas.contract import Column
 from schemas.csv_records import Layout, is_packed
-from schemas.hashing import hash64_column, salted, shard_of_column
+from schemas.hashing import shard_of_column
 from schemas.lake import Receipt
 from schemas.parquet import ParquetFile, read_parquet, upload, write_parquet
 from schemas.rows import DUPLICATE_KEY, duplicate_rejects, read_rows
@@ -204,9 +205,10 @@ def shard_of_rows(batch: pa.RecordBatch, image: Column | None, shards: int) -> n
 
 
 def write_rows(pair: ShardPair, run: MonthRun) -> Receipt:
-    """Write a unit's rows but for duplicates, in the order of a hash of their keys: the same whatever the bundles were, and shuffled.
+    """Write a unit's rows but for duplicates, and their statistics.
 
-    Their statistics are written with them.
+    They are in the order of the hashes that a ranker's history knows their keys by: the same whatever the bundles were, shuffled, and
+    looked up in order.
     """
     table = read_table(run.storage, pair.left)
     dropped = read_table(run.storage, pair.right, duplicates.KEYED)[duplicates.ORIGIN].to_numpy()
@@ -214,7 +216,7 @@ def write_rows(pair: ShardPair, run: MonthRun) -> Receipt:
         table = table.filter(pa.array(~np.isin(table[duplicates.ORIGIN].to_numpy(), dropped)))
     table = table.drop_columns([duplicates.ORIGIN, duplicates.SHARD]).combine_chunks()
     keys = table["key"].combine_chunks()
-    order = np.argsort(hash64_column(keys, salted("order")))
+    order = np.argsort(hashes_of(keys, "key"))
     batches = table.take(pa.array(order)).to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
     counts, month = {"ingested": table.num_rows}, lake.month_number(run.month)
     if run.contract.mature_before:
