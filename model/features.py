@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from model import splits
-from model.seen import MAX_VALUES, History, Vocabulary, present
+from model.seen import MAX_VALUES, History, Vocabulary, coded, present
 from schemas import contract as contracts
 from schemas.contract import Column, Contract
 
@@ -134,6 +134,9 @@ class Features:
             evidence: where asked for, and no input: int64 (rows, 2), impressions that each row's key and creative had in training.
         """
         out: Arrays = {}
+        if self.embedding_width:
+            # It is looked up twice, and takes long to be told apart.
+            batch = batch.set_column(batch.schema.get_field_index("creative"), "creative", coded(batch["creative"]))
         if self.categoricals:
             columns = zip(self.categoricals, self.vocabularies, strict=False)
             out["categorical"] = np.stack([vocabulary.ids(batch[c.name], c.name) for c, vocabulary in columns], axis=1)
