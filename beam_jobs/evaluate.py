@@ -33,7 +33,7 @@ from schemas.lake import Champion, Manifest, Receipt
 from schemas.parquet import write_parquet
 
 FOLDER = "evaluation"
-# Evaluations of so many units are merged at a time: few at once in memory, and in the same order in every run.
+# So many units are judged one after another, and merged as they are: few evaluations are in memory, and in the same order in every run.
 _UNITS_MERGED = 16
 Unit = tuple[str, str, Receipt, int]  # month and run of rows, their unit, and its number
 
@@ -73,7 +73,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """The evaluation of the unit of that number."""
+    """The evaluation of some units, by the number of these."""
 
     number: int
     evaluation: Evaluation
@@ -84,9 +84,9 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun) -> None:
     units, plan = define_plan(root, run)
     _ = (
         units
-        | "JudgeUnit" >> beam.FlatMap(judge, run, beam.pvalue.AsSingleton(plan)).with_output_types(tuple[int, Judged])
+        | "KeySome" >> beam.Map(lambda unit: (unit[3] // _UNITS_MERGED, unit)).with_output_types(tuple[int, Unit])
         | "GroupSome" >> beam.GroupByKey()
-        | "MergeSome" >> beam.MapTuple(merge_some).with_output_types(Judged)
+        | "JudgeSome" >> beam.Map(judge_some, run, beam.pvalue.AsSingleton(plan)).with_output_types(Judged)
         | "Gather" >> beam.combiners.ToList()
         | "Decide" >> beam.Map(decide, run, beam.pvalue.AsSingleton(plan)).with_output_types(Manifest)
     )
@@ -162,18 +162,27 @@ def judged_pairs(run: MonthRun, plan: Plan) -> dict[str, Champion]:
     return run.peers() if plan.broken else {CANDIDATE: run.candidate, **run.peers()}
 
 
-def judge(unit: Unit, run: MonthRun, plan: Plan, pairs: Mapping[str, Champion] | None = None) -> Iterator[tuple[int, Judged]]:
-    """Evaluate pairs (without others, those that the gate compares) on the gate rows of a unit."""
-    pairs = judged_pairs(run, plan) if pairs is None else pairs
+def judge_some(some: tuple[int, Iterable[Unit]], run: MonthRun, plan: Plan) -> Judged:
+    """The evaluation of some units of the pairs that the gate compares."""
+    number, units = some
+    return Judged(number, judge(sorted(units, key=lambda unit: unit[3]), run, plan, judged_pairs(run, plan)))
+
+
+def judge(units: Iterable[Unit], run: MonthRun, plan: Plan, pairs: Mapping[str, Champion]) -> Evaluation:
+    """Evaluate pairs on the gate rows of units, a unit in memory at a time."""
+    return merged(_judged(unit, run, plan, pairs) for unit in units)
+
+
+def _judged(unit: Unit, run: MonthRun, plan: Plan, pairs: Mapping[str, Champion]) -> Evaluation:
     parts = [part for part in predicted(unit, run, plan, pairs) if len(part[1])]
-    if parts:
-        batches, clicks, impressions, predictions = zip(*parts, strict=True)
-        # At once, since the rows of a creative share its weight in a replicate, which is what takes the time.
-        rows = pa.concat_batches([batch.drop_columns("embedding") for batch in batches])
-        of_models = {name: np.concatenate([some[name] for some in predictions]) for name in predictions[0]}
-        slices = slices_of(rows, run.contract, plan)
-        evaluation = evaluate(np.concatenate(clicks), np.concatenate(impressions), of_models, clusters_of(rows), slices)
-        yield unit[3] // _UNITS_MERGED, Judged(unit[3], evaluation)
+    if not parts:
+        return Evaluation((), {})
+    batches, clicks, impressions, predictions = zip(*parts, strict=True)
+    # At once, since the rows of a creative share its weight in a replicate, which is what takes the time.
+    rows = pa.concat_batches([batch.drop_columns("embedding") for batch in batches])
+    of_models = {name: np.concatenate([some[name] for some in predictions]) for name in predictions[0]}
+    slices = slices_of(rows, run.contract, plan)
+    return evaluate(np.concatenate(clicks), np.concatenate(impressions), of_models, clusters_of(rows), slices)
 
 
 def predicted(
@@ -224,12 +233,6 @@ def segments_of(batch: pa.RecordBatch, contract: Contract) -> Iterator[tuple[Seg
         ends = np.cumsum(np.bincount(codes, minlength=len(coded.dictionary)))
         for value, rows in zip(coded.dictionary.to_pylist(), np.split(order, ends[:-1]), strict=True) if len(codes) else ():
             yield (column.name, value), rows
-
-
-def merge_some(_: int, judged: Iterable[Judged]) -> Judged:
-    """The evaluation of some units, in their order."""
-    ordered = sorted(judged, key=lambda unit: unit.number)
-    return Judged(ordered[0].number, merged(unit.evaluation for unit in ordered))
 
 
 def decide(judged: Sequence[Judged], run: MonthRun, plan: Plan) -> Manifest:

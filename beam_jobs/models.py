@@ -14,7 +14,7 @@ from beam_jobs.config import Config
 from beam_jobs.evaluate import count, judge, make_plan, units_of
 from beam_jobs.run import MonthRun, StageError
 from model import registry
-from model.evaluation import Evaluation, merged
+from model.evaluation import Evaluation
 from model.gate import Comparison
 from model.registry import ModelError
 from schemas import contract as contracts
@@ -107,7 +107,7 @@ def compare(storage: Storage, one: str, other: str) -> dict[str, Any]:
 def _evaluate(run: MonthRun, pairs: dict[str, Champion]) -> Evaluation:
     units = units_of(run)
     plan = dataclasses.replace(make_plan([count(unit, run) for unit in units], 1), months=(run.month,))
-    return merged(judged.evaluation for unit in units for _, judged in judge(unit, run, plan, pairs))
+    return judge(units, run, plan, pairs)
 
 
 def _compared(evaluation: Evaluation, one: str, other: str) -> list[dict[str, Any]]:

@@ -40,9 +40,8 @@ class Slice:
         sums: float64 (1 + replicates, 2 + 3 x models): impressions and clicks, then of each model the log loss in nats, the predicted
             clicks and the squared error. The first row has the sums themselves, each other one those of a bootstrap replicate.
         bins: float64 (models, 3, bins): impressions, clicks and predicted clicks by the model's log-odds.
-        drawn: float32 (models, 3, replicates, coarser bins): the same of the first bootstrap replicates; without the empty ends, since a
-            merge holds those of many units.
-        first: the coarser bin that these begin with.
+        drawn: float32 (models, 3, replicates, coarser bins): the same of the first bootstrap replicates.
+        first: the coarser bin that both begin with; the empty ends are left out, since there are many slices.
     """
 
     rows: int
@@ -53,10 +52,13 @@ class Slice:
 
     def __add__(self, other: "Slice") -> "Slice":
         first, end = min(self.first, other.first), max(part.first + part.drawn.shape[3] for part in (self, other))
+        bins = np.zeros((*self.bins.shape[:2], (end - first) * _COARSER))
         drawn = np.zeros((*self.drawn.shape[:3], end - first), np.float32)
         for part in (self, other):
-            drawn[..., part.first - first :][..., : part.drawn.shape[3]] += part.drawn
-        return Slice(self.rows + other.rows, self.sums + other.sums, self.bins + other.bins, drawn, first)
+            start = part.first - first
+            bins[..., start * _COARSER :][..., : part.bins.shape[2]] += part.bins
+            drawn[..., start:][..., : part.drawn.shape[3]] += part.drawn
+        return Slice(self.rows + other.rows, self.sums + other.sums, bins, drawn, first)
 
     @property
     def impressions(self) -> float:
@@ -124,7 +126,7 @@ def merged(evaluations: Iterable[Evaluation]) -> Evaluation:
     models: tuple[str, ...] = ()
     slices: dict[Segment, Slice] = {}
     for evaluation in evaluations:
-        models = evaluation.models
+        models = evaluation.models or models
         for segment, found in evaluation.slices.items():
             slices[segment] = slices[segment] + found if segment in slices else found
     return Evaluation(models, slices)
@@ -158,20 +160,22 @@ def evaluate(
     values = np.stack(columns, axis=1)
     chosen: dict[Segment, np.ndarray] = {(OVERALL, None): np.arange(rows), **slices} if rows else {}
     sums = {segment: np.zeros((1 + replicates, values.shape[1])) for segment in chosen}
-    drawn = {segment: np.zeros((models, 3, min(replicates, _BY_ORDER), _BINS // _COARSER), np.float32) for segment in chosen}
+    spans, drawn = {}, {}
     for segment, where in chosen.items():
         sums[segment][0] = values[where].sum(axis=0)
+        ends = [end // _COARSER for place in places for end in (place[where].min(), place[where].max())]
+        spans[segment] = min(ends), max(ends) + 1 - min(ends)
+        drawn[segment] = np.zeros((models, 3, min(replicates, _BY_ORDER), spans[segment][1]), np.float32)
     if replicates and chosen:
-        _replicate(values, places, clusters, chosen, sums, drawn)
+        _replicate(values, [place // _COARSER for place in places], clusters, chosen, sums, {s: (spans[s][0], drawn[s]) for s in chosen})
     out = {}
     for segment, where in chosen.items():
-        bins = np.empty((models, 3, _BINS))
+        first, coarser = spans[segment]
+        bins = np.empty((models, 3, coarser * _COARSER))
         for model, place in enumerate(places):
             for i, column in enumerate(_binned(model)):
-                bins[model, i] = np.bincount(place[where], values[where, column], _BINS)
-        there = np.flatnonzero(bins[:, 0].any(axis=0)) // _COARSER
-        span = slice(there.min(initial=0), there.max(initial=0) + 1)
-        out[segment] = Slice(len(where), sums[segment], bins, drawn[segment][..., span].copy(), span.start)
+                bins[model, i] = np.bincount(place[where] - first * _COARSER, values[where, column], bins.shape[2])
+        out[segment] = Slice(len(where), sums[segment], bins, drawn[segment], first)
     return Evaluation(tuple(predictions), out)
 
 
@@ -191,9 +195,12 @@ def _replicate(
     clusters: np.ndarray,
     chosen: Mapping[Segment, np.ndarray],
     sums: Mapping[Segment, np.ndarray],
-    drawn: Mapping[Segment, np.ndarray],
+    drawn: Mapping[Segment, tuple[int, np.ndarray]],
 ) -> None:
-    """Add the sums of all replicates to `sums`, and of the first ones by log-odds to `drawn`, a block of clusters at a time."""
+    """Add the sums of all replicates to `sums`, and of the first ones by log-odds to `drawn`, a block of clusters at a time.
+
+    `places` are coarser bins, and beside each of `drawn` is the one that it begins with.
+    """
     known, cluster = np.unique(clusters, return_inverse=True)
     totals = {}
     for segment, where in chosen.items():
@@ -210,12 +217,13 @@ def _replicate(
             sums[segment][1:] += weight @ total[first:last]
             begin, end = np.searchsorted(inverse, (first, last))
             rows, own = where[begin:end], inverse[begin:end] - first
+            lowest, by_order = drawn[segment]
             for model, place in enumerate(places):
                 # Few bins have any row.
-                bins, at = np.unique(place[rows] // _COARSER, return_inverse=True)
+                bins, at = np.unique(place[rows] - lowest, return_inverse=True)
                 for i, column in enumerate(_binned(model)):
                     each = np.bincount(own * len(bins) + at, values[rows, column], (last - first) * len(bins))
-                    drawn[segment][model, i][:, bins] += weight[:_BY_ORDER] @ each.reshape(last - first, len(bins))
+                    by_order[model, i][:, bins] += weight[:_BY_ORDER] @ each.reshape(last - first, len(bins))
 
 
 def _weights(clusters: np.ndarray, replicates: int) -> np.ndarray:
@@ -302,7 +310,7 @@ def _by_bins(bins: np.ndarray) -> dict[str, float]:
 
 
 def _nothing(models: int) -> Slice:
-    return Slice(0, np.zeros((1, _SHARED + _EACH * models)), np.zeros((models, 3, _BINS)), np.zeros((models, 3, 0, 1), np.float32), 0)
+    return Slice(0, np.zeros((1, _SHARED + _EACH * models)), np.zeros((models, 3, _COARSER)), np.zeros((models, 3, 0, 1), np.float32), 0)
 
 
 def quality(evaluation: Evaluation, columns: Mapping[str, Any], versions: Mapping[str, str | None]) -> pa.RecordBatch:

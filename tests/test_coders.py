@@ -192,7 +192,7 @@ def test_no_row_is_an_element(pipelines: dict[str, beam.Pipeline], name: str) ->
     """No edge has a dict or a Row for elements; units by side of a join and sums by model are mappings with two or three members."""
     mappings = {label for label, (hint, _) in edges(pipelines[name]).items() if any(_is_row(part) for part in parts(hint))}
     sides = {"PairShards/CoGroupByKeyImpl/MapTuple(collect_values)"}
-    sums = {"JudgeUnit", *(label for label in edges(pipelines[name]) if label.startswith("Gather/"))}
+    sums = {"JudgeSome", *(label for label in edges(pipelines[name]) if label.startswith("Gather/"))}
     assert mappings <= (sums if name == "evaluate" else sides)
     assert not [label for label, (_, coder) in edges(pipelines[name]).items() for part in parts(coder) if "RowCoder" in type(part).__name__]
 
