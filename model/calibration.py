@@ -8,11 +8,15 @@ does not know of them, so no line is right in sum both at the rows' own position
 much is expected, count for more at the reference. What is fitted is half-way between the two.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 
 # Prior precision of the slope around 1, and of the height around what the slope's rows say of it: a few clicks move them little.
 _SLOPE_PRECISION, _HEIGHT_PRECISION = 400.0, 30.0
 _LEAST_SLOPE = 0.2
+# Log-odds from one end to the other, so finely that a bin's mean stands for its rows.
+_END, _BINS = 16.0, 4096
 # Of the change of trust around none; and how much more it may become.
 _TRUST_PRECISION, _MOST_TRUST = 100.0, 0.5
 
@@ -31,10 +35,21 @@ def fit(logits: np.ndarray, effects: np.ndarray, clicks: np.ndarray, impressions
     return max(float(line[0]), _LEAST_SLOPE), float(line[1])
 
 
-def height(logits: np.ndarray, effects: np.ndarray, clicks: np.ndarray, impressions: np.ndarray) -> float:
-    """What is to be added to log-odds for them to expect the clicks there were, near 0 where clicks are few; arrays as for `fit`."""
-    n, c = _half_way(effects, impressions, clicks)
-    line = _newton(np.ones((len(n), 1)), logits.astype(np.float64) + effects, n, c, np.zeros(1), np.array([_HEIGHT_PRECISION]))
+def height(parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]) -> float:
+    """What is to be added to log-odds for them to expect the clicks there were, near 0 where clicks are few.
+
+    Args:
+        parts: of the rows, each four arrays as for `fit`. Rows of about the same log-odds are summed up, so there may be any number.
+    """
+    sums = np.zeros((4, _BINS))
+    for logits, effects, clicks, impressions in parts:
+        at, weight = logits.astype(np.float64) + effects, _weight(effects)
+        place = ((at + _END) * (_BINS / (2 * _END))).astype(np.int64).clip(0, _BINS - 1)
+        for i, values in enumerate((impressions, impressions * weight, clicks * weight, impressions * weight * at)):
+            sums[i] += np.bincount(place, values, _BINS)
+    shown, n, c, total = sums[:, sums[1] > 0]
+    scale = shown.sum() / max(n.sum(), 1e-9)
+    line = _newton(np.ones((len(n), 1)), total / n, n * scale, c * scale, np.zeros(1), np.array([_HEIGHT_PRECISION]))
     return float(line[0])
 
 
@@ -59,9 +74,13 @@ def trust(logits: np.ndarray, slopes: np.ndarray, clicks: np.ndarray, impression
 
 def _half_way(effects: np.ndarray, impressions: np.ndarray, clicks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Impressions and clicks weighted half-way from the rows' own positions to the reference; as many impressions in all."""
-    weight = np.exp(-effects.astype(np.float64) / 2)
+    weight = _weight(effects)
     weight /= np.average(weight, weights=impressions)
     return impressions * weight, clicks * weight
+
+
+def _weight(effects: np.ndarray) -> np.ndarray:
+    return np.exp(-effects.astype(np.float64) / 2)
 
 
 def _newton(

@@ -151,9 +151,8 @@ def train_ranker(
     # What is scored is the newest month, and months differ in height.
     newest = labelled(lambda epoch: (b for b in examples(epoch) if month_of(b) == months[-1]), found, 0)
     batches = itertools.islice(minibatches((arrays for arrays, _, _ in newest), ranker.BATCH, 0, None), _HEIGHT_ROWS // ranker.BATCH)
-    parts = ((rest, hats @ effects, *outcome) for rest, hats, *outcome in _without_position(batches, log_odds, effects))
-    rest, at_own, clicks, impressions = _concatenated(parts)
-    shift += calibration.height(slope * rest + shift, at_own, clicks, impressions)
+    parts = _without_position(batches, log_odds, effects)
+    shift += calibration.height((slope * rest + shift, hats @ effects, c, n) for rest, hats, c, n in parts)
     level = float(levels[-1]) + shift / slope
     model.get_layer("calibration").set_weights([np.array([[slope]], np.float32), np.array([slope * level], np.float32)])
     spec = {

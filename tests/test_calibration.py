@@ -26,9 +26,15 @@ def test_the_height_is_what_the_clicks_say_and_few_clicks_say_little() -> None:
     rng = np.random.default_rng(2)
     logits, effects, shown = rng.normal(-4, 1, 100_000), rng.choice([0.0, -0.5], 100_000), rng.integers(1, 20, 100_000)
     clicks = rng.binomial(shown, 1 / (1 + np.exp(-(logits + effects + 0.2))))
-    assert calibration.height(logits, effects, clicks, shown) == pytest.approx(0.2, abs=0.015)
+    found = calibration.height(zip(*(np.array_split(column, 7) for column in (logits, effects, clicks, shown)), strict=True))
+    assert found == pytest.approx(0.2, abs=0.015)
+    # Rows are summed up by their log-odds, of which that tells nothing: as many clicks are expected as there were, by each row's weight.
+    weight = np.exp(-effects / 2)
+    expected = np.sum(weight * shown / (1 + np.exp(-logits - effects - found)))
+    assert np.sum(weight * clicks) == pytest.approx(expected, rel=3e-3)
     # One impression, and it was clicked.
-    assert 0 < calibration.height(np.full(1, -4.0), np.zeros(1), np.ones(1), np.ones(1)) < 0.05
+    assert 0 < calibration.height([(np.full(1, -4.0), np.zeros(1), np.ones(1), np.ones(1))]) < 0.05
+    assert calibration.height([(np.zeros(0), np.zeros(0), np.zeros(0), np.zeros(0))]) == 0
 
 
 def test_the_level_is_between_what_rows_at_their_positions_and_at_the_reference_want() -> None:
