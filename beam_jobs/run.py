@@ -36,6 +36,8 @@ PACKAGES = ("schemas", "model", "beam_jobs", "serving")
 _EARLIER_MONTHS = 6
 # The stages whose folders are not called as they are.
 _MADE_BY = {"rows": "ingest", "embeddings": "embed", "ranker": "train", "evaluation": "evaluate", "scores": "score"}
+# Of a listing, which may be of millions, so many are objects of Python's at a time.
+_LISTED_ROWS = 8192
 LISTING = pa.schema([("image", pa.string()), ("size", pa.int64()), ("crc32c", pa.string())])
 
 
@@ -238,7 +240,7 @@ def published_contract(config: Config, month: str) -> Contract | None:
 def _images(storage: Storage, prefix: str) -> pa.Table:
     """What lies under `prefix` as `LISTING`, sorted by name; in columns, since it may be millions."""
     entries, batches = (entry for entry in storage.scan(prefix) if _is_text(entry.name)), []
-    while some := list(itertools.islice(entries, BATCH_ROWS)):
+    while some := list(itertools.islice(entries, _LISTED_ROWS)):
         columns = zip(*((entry.name[len(prefix) :], entry.size, entry.crc32c) for entry in some), strict=True)
         arrays = [pa.array(column, type) for column, type in zip(columns, LISTING.types, strict=True)]
         batches.append(pa.RecordBatch.from_arrays(arrays, schema=LISTING))
@@ -263,7 +265,7 @@ def joined(listing: Any, *names: str) -> Any:
 def _digest_of(listing: pa.Table) -> str:
     """As `_digest`, of many rows."""
     digest = hashlib.sha256()
-    for batch in listing.to_batches(BATCH_ROWS):
+    for batch in listing.to_batches(_LISTED_ROWS):
         digest.update("".join(f"{row}\n" for row in joined(batch).to_pylist()).encode())
     return digest.hexdigest()[:16]
 

@@ -19,10 +19,8 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, TypeVar
 
-from schemas.checksum import crc32c_of_file
 from schemas.listing import Entry, list_all
 from schemas.retries import READ_TIMEOUT, again, ask, told
 from schemas.retries import client as _client
@@ -169,28 +167,22 @@ class Folder(Storage):
             folders[:] = [name for name in folders if not name.startswith(".")]
             relative = os.path.relpath(folder, self._root).replace(os.sep, "/")
             found += [file if relative == "." else f"{relative}/{file}" for file in files if not file.startswith(".")]
-        return sorted(name for name in found if name.startswith(prefix))
+        found = [name for name in found if name.startswith(prefix)]
+        found.sort()
+        return found
 
     @told()
     def scan(self, prefix: str) -> Iterator[Entry]:
-        # A checksum is remembered with the size and modification time it was computed at, so a file is read again only when it changed.
-        memory_name = f".checksums/{hashlib.sha256(prefix.encode()).hexdigest()[:16]}.json"
-        memory = self.read_json(memory_name) or {}
+        # NumPy and Arrow with it: the service does without.
+        from schemas import remembered
 
-        def entry(name: str) -> tuple[Entry, int]:
-            path = self._root / name
-            stat = path.stat()
-            size, changed, checksum = memory.get(name, (None, None, None))
-            if (size, changed) != (stat.st_size, stat.st_mtime_ns):
-                checksum = crc32c_of_file(path)
-            return Entry(name, stat.st_size, checksum), stat.st_mtime_ns
-
-        with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(entry, self.names(prefix)))
-        remembered = {e.name: [e.size, changed, e.crc32c] for e, changed in found}
-        if remembered != memory:
-            self.write(memory_name, json.dumps(remembered).encode())
-        return (e for e, _ in found)
+        place = f".checksums/{hashlib.sha256(prefix.encode()).hexdigest()[:16]}.arrows"
+        memory = self.read(place) if (self._root / place).exists() else b""
+        look = functools.partial(remembered.entries, self._root, self.names(prefix))
+        found, now = parsed(self.url(place), memory, look, "remembered checksums; remove it")
+        if now:
+            self.write(place, now)
+        return found
 
     def last_change(self, prefix: str) -> float | None:
         return max((os.path.getmtime(self._root / name) for name in self.names(prefix)), default=None)

@@ -310,6 +310,7 @@ def test_a_folder_that_is_forbidden_is_told_in_words(folder: Folder, mode: int, 
     forbidden.chmod(mode)
     code = f"""
 import os
+from schemas import remembered  # What it imports may be where only root may read.
 from schemas.storage import Folder
 if os.getuid() == 0:
     os.setgid(65534), os.setuid(65534)
