@@ -8,6 +8,7 @@ What starting takes of them, TensorFlow and the runner, is what each stage takes
 
 import argparse
 import math
+import os
 import pathlib
 import shutil
 from collections.abc import Mapping
@@ -96,6 +97,8 @@ def sample(work: pathlib.Path, ads: int, creatives: int) -> pathlib.Path:
         harness.measured([*ADSTOCRAT, "sample-data", str(lake), "--months", f"{FIRST}:{FIRST}", *counts])
     for folder in (path for path in lake.iterdir() if path.name not in ("raw", "truth")):
         shutil.rmtree(folder)
+    # Else the disk would be busy with what was written for the bench, or removed, while a stage is timed.
+    os.sync()
     return lake
 
 
