@@ -1,5 +1,6 @@
 """Why the mean probability is not what it was last month: how much is the mix of ads, and how much the model."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from model import registry
 from schemas import lake
 from schemas.lake import Manifest, Receipt
 from schemas.parquet import read_columns, read_parquet
+
+log = logging.getLogger("adstocrat")
 
 # A sample is the first rows, which are in no order, of so many files.
 _FILES, _ROWS = 32, 4_096
@@ -65,8 +68,10 @@ def _crossed(run: MonthRun, old: Manifest, now: float, new: Manifest) -> float |
         return None
     try:
         model = registry.load(run.storage, "ranker", ranker)
-    except registry.ModelError:
-        return None  # What cannot be told keeps no month from being published.
+    except registry.ModelError as error:
+        # What cannot be told keeps no month from being published.
+        log.warning("what last month's model says of this month's rows cannot be told: %s", error)
+        return None
     units = month_rows(run, run.month, run.id, encoder)
     # Scores are written in the order of their unit's rows.
     files = {receipt.unit: receipt.file for receipt in new.receipts}

@@ -43,7 +43,7 @@ def height(parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
     """
     sums = np.zeros((4, _BINS))
     for logits, effects, clicks, impressions in parts:
-        at, weight = logits.astype(np.float64) + effects, _weight(effects)
+        at, weight = np.clip(logits.astype(np.float64) + effects, -40, 40), _weight(effects)
         place = ((at + _END) * (_BINS / (2 * _END))).astype(np.int64).clip(0, _BINS - 1)
         for i, values in enumerate((impressions, impressions * weight, clicks * weight, impressions * weight * at)):
             sums[i] += np.bincount(place, values, _BINS)

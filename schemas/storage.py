@@ -178,8 +178,8 @@ class Folder(Storage):
 
         place = f".checksums/{hashlib.sha256(prefix.encode()).hexdigest()[:16]}.arrows"
         memory = self.read(place) if (self._root / place).exists() else b""
-        look = functools.partial(remembered.entries, self._root, self.names(prefix))
-        found, now = parsed(self.url(place), memory, look, "remembered checksums; remove it")
+        known = parsed(self.url(place), memory, remembered.read, "remembered checksums; remove it")
+        found, now = remembered.entries(self._root, self.names(prefix), known)
         if now:
             self.write(place, now)
         return found

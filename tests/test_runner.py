@@ -1,8 +1,10 @@
+import inspect
 import pathlib
 import re
 
 import apache_beam as beam
 import pytest
+from apache_beam.runners.worker.statesampler import StateSampler
 
 from beam_jobs.config import Config, ConfigError
 from beam_jobs.run import MonthRun
@@ -68,6 +70,14 @@ def test_a_pipeline_is_run_to_its_end_and_what_it_used_is_noted(run: MonthRun, t
     (note,) = run.storage.names("runs/2026-10/r/used/")
     used = run.storage.read_json(note)
     assert used.pop("seconds") > 0 and used == {"step": "step-of-it"}
+
+
+def test_bundles_end_without_waiting_for_a_sample(run: MonthRun) -> None:
+    run_pipeline(lambda root: root | beam.Create([1]), [])
+    defaults = {
+        name: part.default for name, part in inspect.signature(StateSampler.__init__).parameters.items() if part.default != part.empty
+    }
+    assert defaults == {"sampling_period_ms": 10}
 
 
 def test_a_refused_flag_runs_nothing(tmp_path: pathlib.Path) -> None:

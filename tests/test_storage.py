@@ -3,6 +3,7 @@
 import os
 import pathlib
 import pickle
+import random
 import re
 import subprocess
 import sys
@@ -254,6 +255,24 @@ def test_a_remembered_checksum_is_computed_again_when_the_file_changes(folder: F
     assert folder.entries("raw/") == [Entry("raw/a", 5, crc32c(b"33333"))]
     path.unlink()
     assert folder.entries("raw/") == []
+
+
+def test_damaged_remembered_checksums_are_told_and_never_crash(folder: Folder) -> None:
+    for name in ("a", "b"):
+        folder.write(f"raw/{name}", name.encode())
+    found = folder.entries("raw/")
+    (memory,) = pathlib.Path(folder.uri, ".checksums").iterdir()
+    whole, rng = memory.read_bytes(), random.Random(0)
+    damaged = [whole[:length] for length in range(1, len(whole), 7)]
+    for _ in range(200):
+        at = rng.randrange(8 * len(whole))
+        damaged.append(whole[: at // 8] + bytes([whole[at // 8] ^ 1 << at % 8]) + whole[at // 8 + 1 :])
+    for data in damaged:
+        memory.write_bytes(data)
+        with pytest.raises(ValueError, match=r"\.checksums/\w+\.arrows is damaged .*, expected remembered checksums; remove it"):
+            folder.entries("raw/")
+    memory.unlink()
+    assert folder.entries("raw/") == found
 
 
 def test_an_unchanged_file_is_not_read_again_for_its_checksum(folder: Folder) -> None:
