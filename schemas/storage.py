@@ -21,6 +21,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, TypeVar
 
+from schemas import remembered
 from schemas.listing import Entry, list_all
 from schemas.retries import READ_TIMEOUT, again, ask, told
 from schemas.retries import client as _client
@@ -173,13 +174,10 @@ class Folder(Storage):
 
     @told()
     def scan(self, prefix: str) -> Iterator[Entry]:
-        # NumPy and Arrow with it: the service does without.
-        from schemas import remembered
-
-        place = f".checksums/{hashlib.sha256(prefix.encode()).hexdigest()[:16]}.arrows"
+        place = f".checksums/{hashlib.sha256(prefix.encode()).hexdigest()[:16]}.lines"
         memory = self.read(place) if (self._root / place).exists() else b""
-        known = parsed(self.url(place), memory, remembered.read, "remembered checksums; remove it")
-        found, now = remembered.entries(self._root, self.names(prefix), known)
+        before = parsed(self.url(place), memory, remembered.read, "remembered checksums; remove it")
+        found, now = remembered.entries(self._root, self.names(prefix), before)
         if now:
             self.write(place, now)
         return found

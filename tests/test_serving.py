@@ -130,7 +130,7 @@ def test_a_restart_copies_and_reads_nothing_again(
     fetch(lake, current, cache).close()
     for path in pathlib.Path(lake.uri, "lookup/2026-10/r1").glob("shard-*"):
         path.unlink()
-    monkeypatch.setattr("schemas.storage.crc32c_of_file", lambda path: pytest.fail(f"{path} was read again"))
+    monkeypatch.setattr("schemas.remembered.crc32c_of_file", lambda path: pytest.fail(f"{path} was read again"))
     for opened in (lambda: fetch(lake, current, cache), lambda: Table(cache / "2026-10.r1", verified=True)):
         table = opened()
         assert table.get(b"plain") == row("plain")

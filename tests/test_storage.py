@@ -269,7 +269,7 @@ def test_damaged_remembered_checksums_are_told_and_never_crash(folder: Folder) -
         damaged.append(whole[: at // 8] + bytes([whole[at // 8] ^ 1 << at % 8]) + whole[at // 8 + 1 :])
     for data in damaged:
         memory.write_bytes(data)
-        with pytest.raises(ValueError, match=r"\.checksums/\w+\.arrows is damaged .*, expected remembered checksums; remove it"):
+        with pytest.raises(ValueError, match=r"\.checksums/\w+\.lines is damaged .*, expected remembered checksums; remove it"):
             folder.entries("raw/")
     memory.unlink()
     assert folder.entries("raw/") == found
@@ -329,7 +329,6 @@ def test_a_folder_that_is_forbidden_is_told_in_words(folder: Folder, mode: int, 
     forbidden.chmod(mode)
     code = f"""
 import os
-from schemas import remembered  # What it imports may be where only root may read.
 from schemas.storage import Folder
 if os.getuid() == 0:
     os.setgid(65534), os.setuid(65534)
