@@ -5,6 +5,7 @@ There may be many, so they are remembered as lines in the order of the names, an
 
 import collections
 import json
+import os
 import pathlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,18 +40,28 @@ def entries(root: pathlib.Path, names: list[str], before: bytes) -> tuple[Iterat
         names: relative to it, sorted.
         before: the lines.
     """
-    lines = bytearray()
+    # Where files are as they were, which is most often, no second copy of the lines is made.
+    same, changed = 0, list[bytes]()
+    for lines in _looked_at(root, names, before):
+        if not changed and before.startswith(lines, same):
+            same += len(lines)
+        else:
+            changed.append(lines)
+    now = b"".join([before[:same], *changed]) if changed or same < len(before) else before
+    found = (Entry(name, size, checksum) for name, size, _, checksum in _parsed(now))
+    return found, b"" if now is before else crc32c(now).encode() + b"\n" + now
+
+
+def _looked_at(root: pathlib.Path, names: list[str], before: bytes) -> Iterator[bytes]:
+    """Lines of the files, some at a time."""
     with ThreadPoolExecutor(_THREADS) as pool:
         looking = collections.deque[Future[bytes]]()
         for some, known in _beside(names, before):
             looking.append(pool.submit(_look, root, some, known))
             if len(looking) > 2 * _THREADS:
-                lines += looking.popleft().result()
+                yield looking.popleft().result()
         for future in looking:
-            lines += future.result()
-    now = bytes(lines)
-    found = (Entry(name, size, checksum) for name, size, _, checksum in _parsed(now))
-    return found, b"" if now == before else crc32c(now).encode() + b"\n" + now
+            yield future.result()
 
 
 def _beside(names: list[str], before: bytes) -> Iterator[tuple[list[str], dict[str, _Line]]]:
@@ -70,11 +81,10 @@ def _look(root: pathlib.Path, names: list[str], known: dict[str, _Line]) -> byte
     """The lines of some files."""
     lines = []
     for name in names:
-        path = root / name
-        stat = path.stat()
+        stat = os.stat(f"{root}/{name}")
         _, size, changed, checksum = known.get(name, (name, -1, -1, ""))
         if (size, changed) != (stat.st_size, stat.st_mtime_ns):
-            checksum = crc32c_of_file(path)
+            checksum = crc32c_of_file(root / name)
         lines.append(json.dumps([name, stat.st_size, stat.st_mtime_ns, checksum]) + "\n")
     return "".join(lines).encode()
 

@@ -175,8 +175,8 @@ class Folder(Storage):
     @told()
     def scan(self, prefix: str) -> Iterator[Entry]:
         place = f".checksums/{hashlib.sha256(prefix.encode()).hexdigest()[:16]}.lines"
-        memory = self.read(place) if (self._root / place).exists() else b""
-        before = parsed(self.url(place), memory, remembered.read, "remembered checksums; remove it")
+        there = (self._root / place).exists()
+        before = parsed(self.url(place), self.read(place) if there else b"", remembered.read, "remembered checksums; remove it")
         found, now = remembered.entries(self._root, self.names(prefix), before)
         if now:
             self.write(place, now)
