@@ -34,7 +34,7 @@ from schemas.parquet import write_parquet
 
 FOLDER = "evaluation"
 # So many units are judged one after another, and merged as they are: few evaluations are in memory, and in the same order in every run.
-_UNITS_MERGED = 16
+_UNITS_TOGETHER = 16
 Unit = tuple[str, str, Receipt, int]  # month and run of rows, their unit, and its number
 
 
@@ -84,7 +84,7 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun) -> None:
     units, plan = define_plan(root, run)
     _ = (
         units
-        | "KeySome" >> beam.Map(lambda unit: (unit[3] // _UNITS_MERGED, unit)).with_output_types(tuple[int, Unit])
+        | "KeySome" >> beam.Map(lambda unit: (unit[3] // _UNITS_TOGETHER, unit)).with_output_types(tuple[int, Unit])
         | "GroupSome" >> beam.GroupByKey()
         | "JudgeSome" >> beam.Map(judge_some, run, beam.pvalue.AsSingleton(plan)).with_output_types(Judged)
         | "Gather" >> beam.combiners.ToList()

@@ -30,10 +30,8 @@ class ShardImages:
         self._names, self._creatives, status = (table[name].combine_chunks() for name in INDEX.names)
         known = status.dictionary_encode()
         # What an image may be, behind what a row may be without one.
-        self._status, self._statuses = (
-            pc.add(known.indices, 2),
-            pa.concat_arrays([pa.array([images.NO_IMAGE, images.MISSING]), known.dictionary]),
-        )
+        self._statuses = pa.concat_arrays([pa.array([images.NO_IMAGE, images.MISSING]), known.dictionary])
+        self._status = pc.add(known.indices, 2)
         self._vectors = None
         if width is not None:
             schema = pa.schema([("creative", pa.string()), ("embedding", embedding_type(width))])

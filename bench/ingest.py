@@ -20,9 +20,7 @@ import pyarrow.parquet as pq
 
 from bench import harness
 from bench.harness import Bar, Clock, Told
-from bench.score import fresh
-
-FEW = (2_000, 50)
+from bench.score import FEW, fresh
 
 
 def ours(flags: argparse.Namespace) -> Told:

@@ -7,6 +7,7 @@ What starting takes of them, TensorFlow and the runner, is what each stage takes
 """
 
 import argparse
+import functools
 import math
 import os
 import pathlib
@@ -17,6 +18,7 @@ from beam_jobs.month import STAGES as _ALL
 from bench import harness, lakes
 from bench.creatives import lay_out
 from bench.harness import ADSTOCRAT, Bar, Turn
+from bench.score import FEW
 from schemas.lake import month_after
 
 STAGES = tuple(stage.name for stage in _ALL)
@@ -68,7 +70,7 @@ def again(flags: argparse.Namespace) -> None:
     lay_out(str(lake), flags.images, flags.ads, [FIRST, SECOND])
     months = {month: run(lake, month) for month in (FIRST, SECOND)}
     first, second = months.values()
-    start = starts(flags)
+    start = starts(flags.work)
     begun = seconds(start, _CREATIVES)
     bars = [
         Bar("time of month 2, of month 1's", seconds(second) / seconds(first), 0.5, at_least=False),
@@ -84,9 +86,10 @@ def again(flags: argparse.Namespace) -> None:
     shutil.rmtree(lake)
 
 
-def starts(flags: argparse.Namespace) -> dict[str, Turn]:
-    """Each stage of a small month at its quickest."""
-    runs = [run(sample(flags.work, 2_000, 50), FIRST) for _ in range(_STARTS)]
+@functools.cache
+def starts(work: pathlib.Path) -> dict[str, Turn]:
+    """Each stage of a small month at its quickest; once for all parts of the bench."""
+    runs = [run(sample(work, *FEW), FIRST) for _ in range(_STARTS)]
     return {stage: min((one[stage] for one in runs), key=lambda turn: turn.told["seconds"]) for stage in runs[0]}
 
 
@@ -104,7 +107,7 @@ def sample(work: pathlib.Path, ads: int, creatives: int) -> pathlib.Path:
 
 def grown(flags: argparse.Namespace, name: str, title: str, small: tuple[int, int], big: tuple[int, int], limit: float) -> None:
     """The same month with more ads, or with more creatives."""
-    start = starts(flags)
+    start = starts(flags.work)
     months = {f"{ads:,} x {creatives:,}": run(sample(flags.work, ads, creatives), FIRST) for ads, creatives in (small, big)}
     a, b = months.values()
     bars = []

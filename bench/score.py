@@ -26,7 +26,7 @@ from bench.harness import Bar, Clock, Told
 COLUMNS = ("key", "p_click")
 
 
-# Ads and creatives of the month whose scoring tells what it takes to start.
+# Ads and creatives of the month that tells what it takes to start.
 FEW = (2_000, 50)
 
 

@@ -160,22 +160,21 @@ def evaluate(
     values = np.stack(columns, axis=1)
     chosen: dict[Segment, np.ndarray] = {(OVERALL, None): np.arange(rows), **slices} if rows else {}
     sums = {segment: np.zeros((1 + replicates, values.shape[1])) for segment in chosen}
-    spans, drawn = {}, {}
+    drawn = {}
     for segment, where in chosen.items():
         sums[segment][0] = values[where].sum(axis=0)
         ends = [end // _COARSER for place in places for end in (place[where].min(), place[where].max())]
-        spans[segment] = min(ends), max(ends) + 1 - min(ends)
-        drawn[segment] = np.zeros((models, 3, min(replicates, _BY_ORDER), spans[segment][1]), np.float32)
+        drawn[segment] = min(ends), np.zeros((models, 3, min(replicates, _BY_ORDER), max(ends) + 1 - min(ends)), np.float32)
     if replicates and chosen:
-        _replicate(values, [place // _COARSER for place in places], clusters, chosen, sums, {s: (spans[s][0], drawn[s]) for s in chosen})
+        _replicate(values, [place // _COARSER for place in places], clusters, chosen, sums, drawn)
     out = {}
     for segment, where in chosen.items():
-        first, coarser = spans[segment]
-        bins = np.empty((models, 3, coarser * _COARSER))
+        first, by_order = drawn[segment]
+        bins = np.empty((models, 3, by_order.shape[3] * _COARSER))
         for model, place in enumerate(places):
             for i, column in enumerate(_binned(model)):
                 bins[model, i] = np.bincount(place[where] - first * _COARSER, values[where, column], bins.shape[2])
-        out[segment] = Slice(len(where), sums[segment], bins, drawn[segment], first)
+        out[segment] = Slice(len(where), sums[segment], bins, by_order, first)
     return Evaluation(tuple(predictions), out)
 
 

@@ -80,6 +80,7 @@ class SavedModel:
 
         rows, padded = len(next(iter(part.values()))), {name: _padded(array, size) for name, array in part.items()}
         with tf.device(self._device):
+            # Looked up here, since a function that is traced for each size looks for its trace at every call, and warns of so many.
             if size not in self._by_size:
                 arrays = {name: tf.TensorSpec(array.shape, array.dtype, name) for name, array in padded.items()}
                 self._by_size[size] = self._serve.get_concrete_function(arrays)

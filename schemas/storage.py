@@ -168,9 +168,7 @@ class Folder(Storage):
             folders[:] = [name for name in folders if not name.startswith(".")]
             relative = os.path.relpath(folder, self._root).replace(os.sep, "/")
             found += [file if relative == "." else f"{relative}/{file}" for file in files if not file.startswith(".")]
-        found = [name for name in found if name.startswith(prefix)]
-        found.sort()
-        return found
+        return sorted(name for name in found if name.startswith(prefix))
 
     @told()
     def scan(self, prefix: str) -> Iterator[Entry]:
