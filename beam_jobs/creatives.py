@@ -14,7 +14,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import apache_beam as beam
@@ -30,6 +29,7 @@ from beam_jobs.run import LISTING, MonthRun, joined
 from beam_jobs.workers import read_by_shard
 from model import images
 from schemas import lake
+from schemas.ahead import each_ahead
 from schemas.hashing import shard_of_column
 from schemas.lake import Receipt
 from schemas.parquet import read_columns, write_parquet
@@ -40,6 +40,8 @@ log = logging.getLogger("adstocrat")
 # A pack of that many new images is 130 MB. It is written as it is made, so memory does not grow with it.
 IMAGES_PER_UNIT = 16_384
 _PACK_ROWS = 1024
+# For each thread so many are asked for ahead of their turn, so that one that is slow to come keeps no other waiting.
+_AHEAD = 16
 # Of a picture that was decoded: width over height, and mean brightness from 0 to 1.
 _LOOKS = pa.schema([("image_status", pa.string()), ("aspect", pa.float32()), ("brightness", pa.float32())])
 _Looks = dict[str, Any]
@@ -106,7 +108,7 @@ def _listed_and_looked(pair: ShardPair, storage: Storage) -> tuple[pa.Table, pa.
 
 def write_pack(pair: ShardPair, run: MonthRun, units: int) -> Receipt:
     """Look at a unit's new images and write them as a pack."""
-    started = time.monotonic()
+    started, threads = time.monotonic(), run.config.fetch_threads
     listing, looked = _listed_and_looked(pair, run.storage)
     # An image that was gone when it was to be looked at was not looked at: it may be delivered again.
     known = looked.filter(looked["creative"].is_valid())
@@ -115,15 +117,20 @@ def write_pack(pair: ShardPair, run: MonthRun, units: int) -> Receipt:
     new = listing.filter(pc.invert(seen)).sort_by([("size", "ascending"), ("crc32c", "ascending"), ("image", "ascending")])
     contents: dict[tuple[int, str], dict[str, _Looks]] = {}
     for row in known.group_by(["size", "crc32c", "creative", *_LOOKS.names]).aggregate([]).to_pylist():
-        contents.setdefault((row["size"], row["crc32c"]), {})[row["creative"]] = {name: row[name] for name in _LOOKS.names}
-    groups = [list(group) for _, group in itertools.groupby(new.to_pylist(), key=lambda row: (row["size"], row["crc32c"]))]
-    with ThreadPoolExecutor(run.config.fetch_threads) as pool:
-        looks = pool.map(lambda group: _look_at(run, group, contents.get((group[0]["size"], group[0]["crc32c"]), {})), groups)
-        looked_at = _batches((row for rows in looks for row in rows), counts)
-        receipt = write_parquet(run.storage, run.stage("creatives") + "/packs", f"pack/{pair.shard:05d}", looked_at, counts)
+        contents.setdefault(_content(row), {})[row["creative"]] = {name: row[name] for name in _LOOKS.names}
+    rows = (row for batch in new.to_batches(_PACK_ROWS) for row in batch.to_pylist())
+    groups = (list(group) for _, group in itertools.groupby(rows, _content))
+    looks = each_ahead(lambda group: _look_at(run, group, contents.get(_content(group[0]), {})), groups, threads, _AHEAD * threads)
+    looked_at = _batches(itertools.chain.from_iterable(looks), counts)
+    receipt = write_parquet(run.storage, run.stage("creatives") + "/packs", f"pack/{pair.shard:05d}", looked_at, counts)
     if receipt.rows:
         log.info("  creatives: unit %d of %d, %d images in %.1f s", pair.shard + 1, units, receipt.rows, time.monotonic() - started)
     return receipt
+
+
+def _content(row: dict[str, Any]) -> tuple[int, str]:
+    """What images that may all be one content have in common."""
+    return row["size"], row["crc32c"]
 
 
 def _look_at(run: MonthRun, group: list[dict[str, Any]], known: dict[str, _Looks]) -> list[dict[str, Any]]:

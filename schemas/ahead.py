@@ -1,11 +1,12 @@
 """Making things ahead of those who use them, so that both have a core of their own: Arrow, NumPy and files let go of Python's lock."""
 
 import collections
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
+U = TypeVar("U")
 _END = object()
 
 
@@ -22,3 +23,15 @@ def _made(made: Iterator[T], thread: ThreadPoolExecutor, waiting: "collections.d
             yield item  # type: ignore[misc]
     finally:
         thread.shutdown(cancel_futures=True)
+
+
+def each_ahead(function: Callable[[T], U], items: Iterable[T], threads: int, depth: int) -> Iterator[U]:
+    """`function` of each item, in their order, made by so many threads; no more than `depth` items are taken before their turn."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = collections.deque[Future[U]]()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= depth:
+                yield waiting.popleft().result()
+        for future in waiting:
+            yield future.result()

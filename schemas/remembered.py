@@ -3,13 +3,13 @@
 There may be many, so they are remembered as lines in the order of the names, and gone through beside these.
 """
 
-import collections
+import functools
 import json
 import os
 import pathlib
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 
+from schemas.ahead import each_ahead
 from schemas.checksum import crc32c, crc32c_of_file
 from schemas.listing import Entry
 
@@ -42,7 +42,7 @@ def entries(root: pathlib.Path, names: list[str], before: bytes) -> tuple[Iterat
     """
     # Where files are as they were, which is most often, no second copy of the lines is made.
     same, changed = 0, list[bytes]()
-    for lines in _looked_at(root, names, before):
+    for lines in each_ahead(functools.partial(_look, root), _beside(names, before), _THREADS, 2 * _THREADS):
         if not changed and before.startswith(lines, same):
             same += len(lines)
         else:
@@ -50,18 +50,6 @@ def entries(root: pathlib.Path, names: list[str], before: bytes) -> tuple[Iterat
     now = b"".join([before[:same], *changed]) if changed or same < len(before) else before
     found = (Entry(name, size, checksum) for name, size, _, checksum in _parsed(now))
     return found, b"" if now is before else crc32c(now).encode() + b"\n" + now
-
-
-def _looked_at(root: pathlib.Path, names: list[str], before: bytes) -> Iterator[bytes]:
-    """Lines of the files, some at a time."""
-    with ThreadPoolExecutor(_THREADS) as pool:
-        looking = collections.deque[Future[bytes]]()
-        for some, known in _beside(names, before):
-            looking.append(pool.submit(_look, root, some, known))
-            if len(looking) > 2 * _THREADS:
-                yield looking.popleft().result()
-        for future in looking:
-            yield future.result()
 
 
 def _beside(names: list[str], before: bytes) -> Iterator[tuple[list[str], dict[str, _Line]]]:
@@ -77,9 +65,9 @@ def _beside(names: list[str], before: bytes) -> Iterator[tuple[list[str], dict[s
         yield some, known
 
 
-def _look(root: pathlib.Path, names: list[str], known: dict[str, _Line]) -> bytes:
-    """The lines of some files."""
-    lines = []
+def _look(root: pathlib.Path, some: tuple[list[str], dict[str, _Line]]) -> bytes:
+    """The lines of some files, of which these are known."""
+    lines, (names, known) = [], some
     for name in names:
         stat = os.stat(f"{root}/{name}")
         _, size, changed, checksum = known.get(name, (name, -1, -1, ""))
