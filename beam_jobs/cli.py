@@ -27,6 +27,8 @@ one's own data: put CSV files in LAKE/raw/2026-10/ads/ and images in LAKE/raw/20
 
 `adstocrat COMMAND --help` tells more of each."""
 _STAGES = ("ingest", "creatives", "realised", "encoder", "embed", "drift", "train", "evaluate", "score", "lookup", "publish")
+# A module of these that is not there is a fault; of others, that an extra was not installed.
+_OWN = ("beam_jobs", "model", "schemas", "serving")
 # The settings that matter to commands which look at what is there.
 _WHERE = ("lake", "dataset", "bigquery_location", "max_bytes_billed")
 
@@ -58,6 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return terminal.fail(InterruptedError("interrupted; the same command goes on where it stopped"), 130)
     except (ValueError, OSError) as error:
         return terminal.fail(error, 2)
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if package in _OWN:
+            raise
+        wanted = f"{package!r}, which this command needs, is not installed; run `pip install .[pipeline,serving]` in this package's source"
+        return terminal.fail(ConfigError(wanted), 2)
     except RuntimeError as error:
         from beam_jobs.run import HandedOverError, stage_error
 

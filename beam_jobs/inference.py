@@ -80,25 +80,25 @@ class RankerHandler(_BatchHandler[Any]):
 
 def probabilities_of(rows: pa.RecordBatch, ranker: Any) -> np.ndarray:
     """Click probabilities of joined rows at their own positions, as scoring gives them at the reference; float64 (rows,)."""
-    probability = ranker.predict(rows, at_reference=False)
-    return np.where(_found(rows, probability), probability, ranker.base_rate)
+    return _filled(rows, ranker.predict(rows, at_reference=False), ranker)[0]
 
 
-def _found(rows: pa.RecordBatch, probability: np.ndarray) -> np.ndarray:
-    """Whether a row has its own probability, bool (rows,): the others, which get the base rate, got none, or their image no embedding."""
+def _filled(rows: pa.RecordBatch, probability: np.ndarray, ranker: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities with the base rate where a row got none, or its image no embedding; and which rows have their own, bool (rows,)."""
     usable, embedded = (rows[name].is_valid().to_numpy(zero_copy_only=False) for name in ("creative", "embedding"))
-    return np.isfinite(probability) & (embedded | ~usable)
+    found = np.isfinite(probability) & (embedded | ~usable)
+    return np.where(found, probability, ranker.base_rate), found
 
 
 def scored(rows: pa.RecordBatch, ranker: Any, carried: Sequence[str]) -> pa.RecordBatch:
     """Score joined rows at the reference position; a row with the base rate instead says so."""
     probability, evidence = ranker.score(rows)
-    found = _found(rows, probability)
+    probability, found = _filled(rows, probability, ranker)
     status = pc.if_else(pa.array(found), pc.if_else(rows["creative"].is_valid(), 0, 1), 2)
     columns = {
         "key": rows["key"],
         **{name: rows[name] for name in carried},
-        "p_click": pa.array(np.where(found, probability, ranker.base_rate)),
+        "p_click": pa.array(probability),
         "creative": rows["creative"],
         "image_status": rows["image_status"],
         "score_status": pa.DictionaryArray.from_arrays(status, [OK, NO_IMAGE, FALLBACK]),

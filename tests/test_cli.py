@@ -1,6 +1,7 @@
 """The command: what it prints, what it refuses and how it ends."""
 
 import pathlib
+import sys
 
 import pytest
 
@@ -131,6 +132,19 @@ def test_what_no_stage_foresaw_is_raised_whole(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr("beam_jobs.run.prepare", fails)
     with pytest.raises(RuntimeError, match="unforeseen"):
         cli.main([*ONE_MONTH, "--lake", str(tmp_path)])
+
+
+def test_what_is_not_installed_is_named_with_the_extra_that_has_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
+    for module in [name for name in sys.modules if name.startswith("beam_jobs.models")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert cli.main(["models", "--lake", str(tmp_path)]) == 2
+    assert "'pyarrow', which this command needs, is not installed; run `pip install .[pipeline,serving]`" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "beam_jobs.models", None)
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["models", "--lake", str(tmp_path)])
 
 
 def test_flags_win_over_the_file_and_what_follows_the_dashes_is_beam_s(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
