@@ -205,18 +205,26 @@ def table(turns: Mapping[str, Sequence[Turn]], unit: str) -> str:
 
 
 def report(name: str, title: str, parts: Sequence[str], bars: Sequence[Bar], packages: Sequence[str]) -> None:
-    """Write a bench's section in RESULTS.md, in place of what it said before."""
-    lines = ["| bar | found | wanted | |", "|---|---:|---:|---|"]
-    for bar in bars:
-        sign = "≥" if bar.at_least else "≤"
-        lines.append(f"| {bar.what} | {bar.found:,.3g} | {sign} {bar.limit:,.4g} | {'reached' if bar.reached else '**missed**'} |")
+    """Write a bench's section, its bars first."""
+    rows = [(b.what, f"{b.found:,.3g}", f"{'≥' if b.at_least else '≤'} {b.limit:,.4g}", b.reached) for b in bars]
+    write(name, title, [verdicts("wanted", rows), *parts], packages)
+
+
+def verdicts(third: str, rows: Sequence[tuple[str, str, str, bool]]) -> str:
+    """Bars as Markdown: what, what was found, a third column of that name, and whether it is reached."""
+    lines = [f"| bar | found | {third} | |", "|---|---:|---:|---|"]
+    return "\n".join([*lines, *(f"| {' | '.join(cells)} | {'reached' if reached else '**missed**'} |" for *cells, reached in rows)])
+
+
+def write(name: str, title: str, parts: Sequence[str], packages: Sequence[str]) -> None:
+    """Write a section of RESULTS.md, in place of what it said before, with machine, versions and command."""
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("pyarrow", "apache-beam", *packages))
     command = f"scripts/bench {pathlib.Path(sys.argv[0]).stem}"
     if arguments := list(_without_work(sys.argv[1:])):
         command += f" -- {' '.join(arguments)}"
     load = ", ".join(f"{one:.1f}" for one in os.getloadavg())
     about = f"{os.cpu_count()} cores, {_processor()}, Python {platform.python_version()}, {versions}; load at the end {load}."
-    section = "\n\n".join([f"## {name}: {title}", "\n".join(lines), *parts, f"`{command}`; {about}"])
+    section = "\n\n".join([f"## {name}: {title}", *parts, f"`{command}`; {about}"])
     print(f"\n{section}", flush=True)
     head = "# Side by side\n\nWritten by `scripts/bench`; ratios are what counts, absolute numbers are of one machine. What limits\n"
     head += "the bars that are missed: [LIMITS.md](LIMITS.md).\n"
@@ -235,7 +243,7 @@ def _without_work(arguments: Sequence[str]) -> Iterator[str]:
     """Arguments without folders of this machine, which say nothing to others."""
     following = iter(arguments)
     for argument in following:
-        if argument in ("--work", "--lake", "--encoder-lake"):
+        if argument in ("--work", "--lake", "--encoder-lake", "--criteo"):
             next(following)
         else:
             yield argument

@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 import model
+from bench import harness
 from bench.months import CONTRACT, Month, months
 from model import splits, tensorflow
 from model.features import MONTH, embedding_column
@@ -33,14 +34,20 @@ from model.training import Examples, Settings, train_ranker
 from schemas import lake
 
 PARTS = ("ladder", "calibration", "position", "negatives", "real", "refresh")
-BARS: list[tuple[str, float, bool]] = []
+# What was told: headings, and of each its bars, what was found of them, what by seed, and whether they are reached.
+TOLD: list[tuple[str, list[tuple[str, str, str, bool]]]] = []
+
+
+def begin(heading: str) -> None:
+    print(f"\n{heading}", flush=True)
+    TOLD.append((heading, []))
 
 
 def bar(name: str, value: float, good: bool, each: Sequence[float] = ()) -> None:
     """Print a number beside what it has to reach, and what it is for each seed."""
-    BARS.append((name, value, bool(good)))
-    seeds = f"   ({', '.join(f'{one:.4f}' for one in each)})" if len(each) > 1 else ""
-    print(f"  {'met   ' if good else 'MISSED'} {name}: {value:.4f}{seeds}", flush=True)
+    seeds = ", ".join(f"{one:.4f}" for one in each) if len(each) > 1 else ""
+    TOLD[-1][1].append((name, f"{value:.4f}", seeds, bool(good)))
+    print(f"  {'met   ' if good else 'MISSED'} {name}: {value:.4f}   ({seeds})", flush=True)
 
 
 def divergence(truth: np.ndarray, p: np.ndarray) -> np.ndarray:
@@ -180,7 +187,8 @@ def ladder(seeds: list[Seed]) -> None:
             told = {f"loss {part}": gate.loss(p, part) for part in ("all", "warm", "cold")}
             found.setdefault(name, []).append(told | {f"explained {part}": gate.explained(p, part) for part in ("all", "warm", "cold")})
     mean = {name: {key: float(np.mean([told[key] for told in tolds])) for key in tolds[0]} for name, tolds in found.items()}
-    print(f"\n1. the ladder, mean of {len(seeds)} seeds\n  {'':<20}{'log loss':>10}{'warm':>10}{'cold':>10}   explained, warm, cold")
+    begin(f"1. the ladder, mean of {len(seeds)} seeds")
+    print(f"  {'':<20}{'log loss':>10}{'warm':>10}{'cold':>10}   explained, warm, cold")
     for name, one in mean.items():
         print(f"  {name:<20}{''.join(f'{value:>10.5f}' for value in one.values())}")
     # Ours may well be above peers that are given the properties, since they do not know of pairs of columns.
@@ -202,7 +210,7 @@ def ladder(seeds: list[Seed]) -> None:
 
 
 def calibration(seeds: list[Seed], name: str = "ranker") -> None:
-    print(f"\n{'2. calibration' if name == 'ranker' else '   calibration'}, mean of {len(seeds)} seeds")
+    begin(f"{'2. calibration' if name == 'ranker' else '4. their calibration'}, mean of {len(seeds)} seeds")
     ratios, within = [], []
     for seed in seeds:
         gate, p = seed.gate, seed.predict(seed.embeddings(seed.months), name)
@@ -223,7 +231,7 @@ def calibration(seeds: list[Seed], name: str = "ranker") -> None:
 def position(seeds: list[Seed]) -> None:
     from schemas.sample import POSITION_EFFECTS
 
-    print(f"\n3. position, mean of {len(seeds)} seeds")
+    begin(f"3. position, mean of {len(seeds)} seeds")
     ours, blind, odds = [], [], dict[int, list[float]]()
     for seed in seeds:
         gate, embeddings = seed.gate, seed.embeddings(seed.months)
@@ -249,7 +257,7 @@ def position(seeds: list[Seed]) -> None:
 
 
 def negatives(seeds: list[Seed]) -> None:
-    print(f"\n4. negatives downsampled to 20 %, mean of {len(seeds)} seeds")
+    begin(f"4. negatives downsampled to 20 %, mean of {len(seeds)} seeds")
     change = []
     for seed in seeds:
         embeddings = seed.embeddings(seed.months)
@@ -260,7 +268,7 @@ def negatives(seeds: list[Seed]) -> None:
 
 
 def refresh(work: pathlib.Path, numbers: list[int]) -> None:
-    print(f"\n6. refresh, mean of {len(numbers)} seeds")
+    begin(f"6. refresh, mean of {len(numbers)} seeds")
     told = [refreshed(work, number) for number in numbers]
     limits = {"after 1": 0.0015, "after 6": 0.003, "with another encoder": 0.0015, "cost": 0.5}
     for name, most in limits.items():
@@ -298,12 +306,12 @@ def real(folder: pathlib.Path | None) -> None:
     from bench.criteo import folds
 
     if not folder:
-        print("\n5. real rows")
+        begin("5. real rows")
         bar("not measured, since --criteo names no folder", math.nan, False)
         return
     started = time.monotonic()
     losses = folds(folder)
-    print(f"\n5. real rows, 10 folds, mean log loss ({time.monotonic() - started:.0f} s): {json.dumps(losses)}")
+    begin(f"5. real rows, 10 folds, mean log loss ({time.monotonic() - started:.0f} s): {json.dumps(losses)}")
     best = min(losses["lightgbm"], losses["logistic regression"])
     weaker = max(losses["lightgbm"], losses["logistic regression"])
     bar("weaker peer (<= 0.465)", weaker, weaker <= 0.465)
@@ -338,8 +346,13 @@ def main() -> int:
             real(arguments.criteo)
         if "refresh" in only:
             refresh(work, numbers)
-    print(f"\n{sum(good for *_, good in BARS)} of {len(BARS)} met, {time.monotonic() - started:,.0f} s")
-    return 0 if all(good for *_, good in BARS) else 1
+    reached = [good for _, bars in TOLD for *_, good in bars]
+    told = f"{sum(reached)} of {len(reached)} met, {time.monotonic() - started:,.0f} s"
+    print(f"\n{told}")
+    if set(only) == set(PARTS):
+        parts = [f"{heading}\n\n{harness.verdicts('by seed', bars)}" for heading, bars in TOLD]
+        harness.write("quality", "how good the models are", [*parts, told], ["tensorflow", "lightgbm", "scikit-learn"])
+    return 0 if all(reached) else 1
 
 
 if __name__ == "__main__":
