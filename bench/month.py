@@ -113,7 +113,7 @@ def grown(flags: argparse.Namespace, name: str, title: str, small: tuple[int, in
     # In turns, since machines are not equally quick all the time.
     for stage in STAGES:
         for lake, turns in zip(lakes_of, (a, b), strict=True):
-            turns |= run(lake, FIRST, (stage,))
+            turns.update(run(lake, FIRST, (stage,)))
     bars = []
     for stage in b:
         took, less = (turns[stage].told["seconds"] - start[stage].told["seconds"] for turns in (b, a))
