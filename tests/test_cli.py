@@ -138,14 +138,14 @@ def test_what_no_stage_foresaw_is_raised_whole(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize(
     ("missing", "status", "told"),
     [
-        ("pyarrow", 2, "adstocrat: 'pyarrow', which this command needs, is not installed; run `pip install .[pipeline,serving]`"),
+        ("apache_beam", 2, "adstocrat: 'apache_beam', which this command needs, is not installed; run `pip install .[pipeline,serving]`"),
         # What is this package's own is a fault of it.
         ("beam_jobs.models", 1, "Traceback (most recent call last)"),
     ],
 )
 def test_what_is_not_installed_is_named_with_the_extra_that_has_it(tmp_path: pathlib.Path, missing: str, status: int, told: str) -> None:
-    code = f"import sys; sys.modules[{missing!r}] = None; from beam_jobs.cli import main; sys.exit(main(['models', '--lake', {str(tmp_path)!r}]))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    code = f"import sys; sys.modules[{missing!r}] = None; from beam_jobs.cli import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", code, "models", "--lake", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == status and done.stderr.startswith(told)
 
 
