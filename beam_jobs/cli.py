@@ -8,7 +8,7 @@ import sys
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from beam_jobs import terminal
+from beam_jobs import PACKAGES, terminal
 from beam_jobs.config import Config, ConfigError, load, suggestion
 from beam_jobs.flags import Parser, add_setting, add_settings
 from schemas.lake import check_month, months_between
@@ -27,8 +27,6 @@ one's own data: put CSV files in LAKE/raw/2026-10/ads/ and images in LAKE/raw/20
 
 `adstocrat COMMAND --help` tells more of each."""
 _STAGES = ("ingest", "creatives", "realised", "encoder", "embed", "drift", "train", "evaluate", "score", "lookup", "publish")
-# A module of these that is not there is a fault; of others, that an extra was not installed.
-_OWN = ("beam_jobs", "model", "schemas", "serving")
 # The settings that matter to commands which look at what is there.
 _WHERE = ("lake", "dataset", "bigquery_location", "max_bytes_billed")
 
@@ -62,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return terminal.fail(error, 2)
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
-        if package in _OWN:
+        # Of others, an extra was not installed.
+        if package in PACKAGES:
             raise
         wanted = f"{package!r}, which this command needs, is not installed; run `pip install .[pipeline,serving]` in this package's source"
         return terminal.fail(ConfigError(wanted), 2)

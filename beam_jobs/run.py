@@ -20,6 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from beam_jobs import PACKAGES
 from beam_jobs.config import ALARMS, Config, ConfigError, suggestion
 from model import registry
 from model.gate import CHAMPION, EARLIER_CHAMPION
@@ -32,7 +33,6 @@ from schemas.storage import Entry, Storage, open_storage
 
 log = logging.getLogger("adstocrat")
 
-PACKAGES = ("schemas", "model", "beam_jobs", "serving")
 _EARLIER_MONTHS = 6
 # The stages whose folders are not called as they are.
 _MADE_BY = {"rows": "ingest", "embeddings": "embed", "ranker": "train", "evaluation": "evaluate", "scores": "score"}

@@ -10,7 +10,6 @@ import functools
 import pathlib
 import tempfile
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +19,7 @@ import pyarrow.compute as pc
 from beam_jobs.run import MonthRun
 from model.features import outcomes
 from schemas import lake
+from schemas.ahead import each_ahead
 from schemas.contract import Contract
 from schemas.parquet import ParquetFile, read_parquet
 from schemas.storage import Storage
@@ -267,8 +267,8 @@ def merge(run: MonthRun) -> Sketches:
     if not run.storage.names(f"{folder}/{PROTO}"):
         told = [receipt for stage in ("rows", "creatives") for receipt in run.manifest(run.stage(stage)).receipts]
         files = [receipt.file for receipt in told if receipt.file and not receipt.unit.startswith("file/")]
-        with ThreadPoolExecutor(run.config.fetch_threads) as pool:
-            sketches = merged(pool.map(functools.partial(read, run.storage), map(unit_file, files)))
+        threads = run.config.fetch_threads
+        sketches = merged(each_ahead(functools.partial(read, run.storage), map(unit_file, files), threads, 2 * threads))
         write(run.storage, f"{folder}/{SKETCHES}", sketches)
         run.storage.write(f"{folder}/{PROTO}", to_proto(sketches, run.contract).SerializeToString())
     return of_run(run.storage, run.month, run.id)

@@ -108,12 +108,13 @@ def sample(work: pathlib.Path, ads: int, creatives: int) -> pathlib.Path:
 def grown(flags: argparse.Namespace, name: str, title: str, small: tuple[int, int], big: tuple[int, int], limit: float) -> None:
     """The same month with more ads, or with more creatives."""
     start = starts(flags.work)
-    lakes_of = [sample(flags.work, *size) for size in (small, big)]
-    a, b = dict[str, Turn](), dict[str, Turn]()
+    sizes = {f"{ads:,} x {creatives:,}": sample(flags.work, ads, creatives) for ads, creatives in (small, big)}
+    months: dict[str, dict[str, Turn]] = {size: {} for size in sizes}
     # In turns, since machines are not equally quick all the time.
     for stage in STAGES:
-        for lake, turns in zip(lakes_of, (a, b), strict=True):
-            turns.update(run(lake, FIRST, (stage,)))
+        for size, lake in sizes.items():
+            months[size].update(run(lake, FIRST, (stage,)))
+    a, b = months.values()
     bars = []
     for stage in b:
         took, less = (turns[stage].told["seconds"] - start[stage].told["seconds"] for turns in (b, a))
@@ -121,7 +122,6 @@ def grown(flags: argparse.Namespace, name: str, title: str, small: tuple[int, in
             bars.append(Bar(f"time of {stage} beyond its start, times", took / less if less > 0 else math.inf, limit, at_least=False))
         bars.append(Bar(f"memory of {stage}, times", b[stage].peak / a[stage].peak, 1.2, at_least=False))
     bars.append(Bar("most memory, GB", max(turn.peak for turn in b.values()) / 1e9, 6, at_least=False))
-    months = {f"{ads:,} x {creatives:,}": turns for (ads, creatives), turns in ((small, a), (big, b))}
     harness.report(name, f"growth {title}", [table({**months, "2,000 x 50": start})], bars, ["tensorflow"])
 
 

@@ -45,9 +45,9 @@ def begin(heading: str) -> None:
 
 def bar(name: str, value: float, good: bool, each: Sequence[float] = ()) -> None:
     """Print a number beside what it has to reach, and what it is for each seed."""
-    seeds = ", ".join(f"{one:.4f}" for one in each) if len(each) > 1 else ""
+    seeds = ", ".join(f"{one:.4f}" for one in each if len(each) > 1)
     TOLD[-1][1].append((name, f"{value:.4f}", seeds, bool(good)))
-    print(f"  {'met   ' if good else 'MISSED'} {name}: {value:.4f}   ({seeds})", flush=True)
+    print(f"  {'met   ' if good else 'MISSED'} {name}: {value:.4f}{seeds and f'   ({seeds})'}", flush=True)
 
 
 def divergence(truth: np.ndarray, p: np.ndarray) -> np.ndarray:

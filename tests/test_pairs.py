@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import pathlib
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -65,12 +66,18 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     return storage
 
 
+def evaluation(storage: Folder, month: str, run: str) -> dict[str, Any]:
+    manifest = lake.read_manifest(storage, lake.stage_folder("evaluation", month, run))
+    assert manifest is not None
+    return dict(manifest.info)
+
+
 def pairs(storage: Folder) -> list[Champion]:
     """Of each month, what it was scored with."""
     found = []
     for month in MONTHS:
         (note,) = lake.publications(storage, month)
-        info = lake.read_manifest(storage, lake.stage_folder("evaluation", month, note.run)).info
+        info = evaluation(storage, month, note.run)
         assert info["promoted"], info["why"]
         found.append(Champion(info["encoder"], info["ranker"], month, note.run))
     return found
@@ -84,7 +91,7 @@ def test_every_month_has_another_encoder_and_the_gate_three_pairs(storage: Folde
     assert inputs["earlier_champion"] == [august.encoder, august.ranker]
     for pair in (august, september, october):
         assert lake.read_manifest(storage, lake.embeddings_folder(pair.encoder, october.month, october.run))
-    info = lake.read_manifest(storage, lake.stage_folder("evaluation", october.month, october.run)).info
+    info = evaluation(storage, october.month, october.run)
     assert set(info["metrics"]) == {"candidate", "champion", "earlier_champion", "base_rate"}
     assert "against the champion" in info["why"] and "against the earlier champion" in info["why"]
     scores = lake.read_manifest(storage, lake.stage_folder("scores", october.month, october.run))
@@ -99,7 +106,7 @@ def test_each_pair_is_judged_by_its_own_embeddings(storage: Folder, tmp_path: pa
 
     published = pairs(storage)
     newest = published[-1]
-    metrics = lake.read_manifest(storage, lake.stage_folder("evaluation", newest.month, newest.run)).info["metrics"]
+    metrics = evaluation(storage, newest.month, newest.run)["metrics"]
     text = storage.read(lake.raw_ads(newest.month) + "ads.csv").decode()
     rows = list(csv.DictReader(io.StringIO(text, newline="")))
     names = sorted({row["image"] for row in rows})
