@@ -58,7 +58,7 @@ def test_commands_that_look_take_every_setting_and_tell_those_that_matter(capsys
     assert run(command, "--help") == 0
     shown = capsys.readouterr().out
     assert "--dataset" in shown and "--max-ne-loss" not in shown and "are taken too" in shown
-    assert run(command, *(["2026-08"] if command != "status" else []), "--lake", "", "--max-ne-loss", "2") == 2
+    assert run(command, *(["2026-08"] if command != "status" else []), "--lake", "./lake", "--max-ne-loss", "2") == 2
     assert "max_ne_loss is 2.0; expected a number from 0 to 1" in capsys.readouterr().err
 
 
