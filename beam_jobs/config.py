@@ -2,10 +2,11 @@
 
 import dataclasses
 import difflib
-import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+from schemas.storage import read_text
 
 # Kinds of alarm (beam_jobs/drift.py).
 ALARMS = ("drift", "skew", "missing", "faults", "embedding", "churn")
@@ -92,7 +93,9 @@ class Config:
         None,
         _matching(r"[^.]*\.[^.]*", "PROJECT.DATASET, such as my-project.ads"),
     )
-    contract: str | None = _setting("contract file (a TensorFlow Metadata Schema); default: the one of the sample months", None, _TEXT)
+    contract: str | None = _setting(
+        "contract (a TensorFlow Metadata Schema), a path or gs://bucket/FILE; default: that of the sample months", None, _TEXT
+    )
     window_months: int = _setting("months whose labelled rows are trained on, the month itself included", 3, affects_model=True)
     seed: int = _setting("seed of everything random in training", 0, _whole(0), affects_model=True)
     encoder_refresh: str = _setting(
@@ -210,7 +213,7 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def load(path: str | None, flags: Mapping[str, Any]) -> Config:
-    """Settings of a YAML file, overridden by the flags that were given.
+    """Settings of a YAML file, at a path or at gs://bucket/path, overridden by the flags that were given.
 
     Raises:
         ConfigError: no such file, not a mapping, an unknown setting, or a value that cannot be used.
@@ -220,7 +223,7 @@ def load(path: str | None, flags: Mapping[str, Any]) -> Config:
         import yaml
 
         try:
-            settings = yaml.safe_load(pathlib.Path(path).read_text("utf-8")) or {}
+            settings = yaml.safe_load(read_text(path)) or {}
         except FileNotFoundError:
             raise ConfigError(f"config file {path!r} does not exist") from None
         except UnicodeDecodeError as error:

@@ -29,7 +29,9 @@ class Parser(argparse.ArgumentParser):
 
 def add_settings(parser: argparse.ArgumentParser, run: Any, told: Collection[str] = ()) -> None:
     """A flag for each setting; where only some matter these are `told`, and the others are taken all the same."""
-    parser.add_argument("--config", metavar="FILE", help="settings in YAML, one `name: value` a line; flags win")
+    parser.add_argument(
+        "--config", metavar="FILE", help="settings in YAML, one `name: value` a line, at a path or gs://bucket/FILE; flags win"
+    )
     for field in dataclasses.fields(Config):
         add_setting(parser, field.name, not told or field.name in told)
     if told:

@@ -29,6 +29,8 @@ import json
 import pathlib
 from typing import TYPE_CHECKING, Any
 
+from schemas.storage import read_text
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -211,13 +213,13 @@ class Contract:
 
 
 def load(path: pathlib.Path | str) -> Contract:
-    """Read a contract file.
+    """Read a contract file, at a path or at gs://bucket/path.
 
     Raises:
         ContractError: no such file, not a TensorFlow Metadata Schema in text form, or a column that cannot be used.
     """
     try:
-        text = pathlib.Path(path).read_text("utf-8")
+        text = read_text(str(path))
     except FileNotFoundError:
         raise ContractError(f"contract {str(path)!r} does not exist; draft one with `adstocrat infer-contract FILES`") from None
     except UnicodeDecodeError as error:

@@ -135,6 +135,19 @@ def open_storage(uri: str) -> Storage:
     return Folder(os.path.abspath(os.path.expanduser(uri)))
 
 
+def read_text(file: str) -> str:
+    """A file of text in UTF-8, at a path or at gs://bucket/path.
+
+    Raises:
+        FileNotFoundError, UnicodeDecodeError: there is none, or it is not UTF-8.
+        ValueError, OSError: as `open_storage`, and where the bucket cannot be read.
+    """
+    if "://" not in file:
+        return pathlib.Path(file).read_text("utf-8")
+    folder, _, name = file.rpartition("/")
+    return open_storage(folder).read(name).decode("utf-8")
+
+
 def _linked(path: pathlib.Path, name: pathlib.Path) -> bool:
     """Give a file a second name instead of copying it; false where that cannot be, as on another disk."""
     try:

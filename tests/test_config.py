@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 
 from beam_jobs.config import Config, ConfigError, load, suggestion
+from schemas import contract
+from schemas.contract import ContractError
+from schemas.storage import open_storage
 
 
 @pytest.fixture
@@ -135,3 +138,21 @@ def test_a_file_that_is_no_text_is_refused_by_name(tmp_path: pathlib.Path) -> No
     path.write_bytes(b"lake: ./gr\xf6\xdfe")
     with pytest.raises(ConfigError, match=r"month.yaml' is not UTF-8 \(.*\); save it as UTF-8"):
         load(str(path), {})
+
+
+def test_settings_and_contract_may_lie_in_the_bucket(cloud: dict[str, str], tmp_path: pathlib.Path) -> None:
+    bucket = open_storage(f"gs://adstocrat/{tmp_path.name}")
+    with pytest.raises(ConfigError, match=rf"{tmp_path.name}/month\.yaml' does not exist"):
+        load(f"{bucket.uri}/month.yaml", {"lake": bucket.uri})
+    bucket.write("month.yaml", f"lake: {bucket.uri}\nseed: 7\ncontract: {bucket.uri}/config/ads.pbtxt\n".encode())
+    config = load(f"{bucket.uri}/month.yaml", {})
+    assert (config.lake, config.seed) == (bucket.uri, 7)
+    with pytest.raises(ContractError, match=r"config/ads\.pbtxt' does not exist; draft one with"):
+        contract.load(str(config.contract))
+    bucket.write("config/ads.pbtxt", contract.DEFAULT.read_bytes())
+    assert contract.load(str(config.contract)) == contract.load(contract.DEFAULT)
+    bucket.write("config/ads.pbtxt", b"feature { name: 'gr\xf6\xdfe' }")
+    with pytest.raises(ContractError, match="is not UTF-8"):
+        contract.load(str(config.contract))
+    with pytest.raises(ValueError, match="s3://bucket' has an unknown scheme"):
+        load("s3://bucket/month.yaml", {})

@@ -301,9 +301,14 @@ if LONG:
                 write_months(storage, [MONTH], 2000, 40, 0, lambda line: None)
                 if name == "dataflow":
                     # There is no GPU here.
-                    config = tmp_path / "month.yaml"
-                    config.write_text("gpu: {type: ''}\n")
-                    given = {"MONTH": MONTH, "LAKE": storage.uri, "CONFIG": str(config), "PROJECT": "project", "REGION": "europe-west4"}
+                    storage.write("config/month.yaml", b"gpu: {type: ''}\n")
+                    given = {
+                        "MONTH": MONTH,
+                        "LAKE": storage.uri,
+                        "CONFIG": f"{storage.uri}/config/month.yaml",
+                        "PROJECT": "project",
+                        "REGION": "europe-west4",
+                    }
                     given |= {"IMAGE": IMAGE, "WORKER": "worker@project.iam.gserviceaccount.com"}
                     given["PATH"] = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
                     launch = [str(DEPLOY / "month"), f"--dataflow_endpoint={service.endpoint}", "--no_auth"]
@@ -333,7 +338,7 @@ GOOD = {
     "month": ["2026-10"],
     "lake": ["gs://bucket", "gs://my-bucket/ads/lake"],
     "sdk_container_image": [IMAGE, f"gcr.io/p/worker@sha256:{'0' * 64}"],
-    "contract": ["/contracts/ads.pbtxt"],
+    "contract": ["/contracts/ads.pbtxt", "gs://bucket/config/ads.pbtxt"],
     "window_months": ["3", "12"],
     "seed": ["0", "17"],
     "encoder_refresh": ["never", "months 3"],
@@ -353,7 +358,7 @@ BAD = {
     "month": ["2026-13", "2026-1", "October"],
     "lake": ["s3://bucket", "gs://b", "/lake", "gs://bucket//x"],
     "sdk_container_image": ["worker", "worker:1 --flag", ""],
-    "contract": ["ads.json", "a b.pbtxt"],
+    "contract": ["ads.json", "a b.pbtxt", "s3://bucket/ads.pbtxt"],
     "window_months": ["0", "-1", "3.5"],
     "seed": ["-1", "x"],
     "encoder_refresh": ["months 0", "always"],
@@ -428,7 +433,7 @@ def test_the_setup_grants_the_least_roles(tmp_path: pathlib.Path) -> None:
     (deployed,) = (call for call in calls if call[1:4] == ["run", "jobs", "deploy"])
     settings = dict(pair.split("=", 1) for pair in next(w for w in deployed if w.startswith("--set-env-vars="))[15:].split(","))
     # What the job's command asks for is what it is given.
-    assert settings.keys() == set(re.findall(r"\$\{?([A-Z]+)", (DEPLOY / "month").read_text())) - {"MONTH", "CONFIG"}
+    assert settings.keys() == set(re.findall(r"\$\{?([A-Z]+)", (DEPLOY / "month").read_text())) - {"MONTH"}
 
 
 def test_the_image_is_of_what_is_locked() -> None:
