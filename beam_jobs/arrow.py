@@ -7,6 +7,7 @@ Beam falls back to pickle without a word; a test asserts the coder on every edge
 import dataclasses
 import io
 import pathlib
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,12 +26,12 @@ from schemas.lake import Manifest, Receipt
 from schemas.parquet import BATCH_ROWS, ParquetFile, upload
 from schemas.storage import Folder, Storage
 
-# A spill is written when it holds this much, while the next fills; its sections are what a shard reads by range later, so bigger means
-# fewer reads.
+# A spill is written when it holds this much, while the next fills. A shard reads its sections by range: bigger ones are fewer reads.
 SPILL_BYTES = 64 << 20
 # Batches of fewer rows are put together first, or their slices by shard would be of a few rows.
 _SMALL_ROWS = 16_384
-UNIT_ROWS = 1_000_000
+# Rows of an ordinary shard; and of a unit at most, which a worker holds two of.
+SHARD_ROWS, UNIT_ROWS = 500_000, 600_000
 
 
 class RecordBatchCoder(beam.coders.Coder):
@@ -101,8 +102,8 @@ class Unit:
         return sum(section.rows for section in self.sections)
 
 
-def shards_for(rows: int, rows_per_shard: int = UNIT_ROWS // 2) -> int:
-    """How many shards hold `rows` rows: half a unit each, so that an ordinary shard is one unit."""
+def shards_for(rows: int, rows_per_shard: int = SHARD_ROWS) -> int:
+    """How many shards hold `rows` rows: fewer each than a unit may have, so that an ordinary shard is one unit."""
     return max(1, -(-rows // rows_per_shard))
 
 
@@ -117,7 +118,7 @@ class Repartition(beam.PTransform):
         storage, spill: where the spill files go; a folder of this launch's own, removed when its stage is committed.
         shards: how many there are.
         assign: RecordBatch → shard of each row, shape (rows,), integers in [0, shards).
-        unit_rows: a shard of more rows is cut into units of about that many; None never cuts.
+        unit_rows: a shard of more rows is cut into units of at most that many, and about equal; None never cuts.
     """
 
     storage: Storage
@@ -246,14 +247,16 @@ def spill_sections(
 
 def cut_into_units(grouped: tuple[int, Iterable[Section]], unit_rows: int | None) -> Iterator[Unit]:
     """The units of one shard. Sections are ordered by their content, not by attempt-unique names, so a run can be repeated exactly."""
-    shard, sections = grouped
-    part: list[Section] = []
-    parts = 0
-    for section in sorted(sections, key=lambda section: (section.crc32c, section.rows, section.length)):
-        if part and unit_rows and sum(s.rows for s in part) + section.rows > unit_rows:
+    shard, sections = grouped[0], sorted(grouped[1], key=lambda section: (section.crc32c, section.rows, section.length))
+    rows, most = sum(section.rows for section in sections), unit_rows or sys.maxsize
+    units = -(-rows // most)
+    part, held, parts = list[Section](), 0, 0
+    for section in sections:
+        if part and (held * units >= rows or held + section.rows > most):
             yield Unit(shard, parts, tuple(part))
-            part, parts = [], parts + 1
+            part, held, parts = [], 0, parts + 1
         part.append(section)
+        held += section.rows
     yield Unit(shard, parts, tuple(part))
 
 

@@ -214,10 +214,10 @@ def write_rows(pair: ShardPair, run: MonthRun) -> Receipt:
     dropped = read_table(run.storage, pair.right, duplicates.KEYED)[duplicates.ORIGIN].to_numpy()
     if len(dropped):
         table = table.filter(pa.array(~np.isin(table[duplicates.ORIGIN].to_numpy(), dropped)))
-    table = table.drop_columns([duplicates.ORIGIN, duplicates.SHARD]).combine_chunks()
-    keys = table["key"].combine_chunks()
-    order = np.argsort(hashes_of(keys, "key"))
-    batches = table.take(pa.array(order)).to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
+    # By one name, so that memory holds the rows in one order alone.
+    table = table.drop_columns([duplicates.ORIGIN, duplicates.SHARD])
+    table = table.take(pa.array(np.argsort(hashes_of(table["key"].combine_chunks(), "key"))))
+    batches = table.to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
     counts, month = {"ingested": table.num_rows}, lake.month_number(run.month)
     if run.contract.mature_before:
         counts["too young"] = int(np.count_nonzero(~is_mature(table, run.contract, month)))

@@ -53,6 +53,7 @@ class Peers:
         last = np.arange(len(rows)) >= len(rows) - len(months[-1].rows)
         keep = ((split != splits.GATE) & (shown > 0)) | (last & (split == splits.GATE))
         self.split, rows = split[keep], rows.filter(pa.array(keep))
+        self.truth = np.concatenate([month.truth["p_click"].to_numpy() for month in months])[keep]
         self.clicks, self.shown = (pc.fill_null(rows[name], 0).to_numpy().astype(float) for name in ("clicks", "impressions"))
         self._categories = np.stack(
             [pc.fill_null(rows[name].cast(pa.string()), "").to_numpy(zero_copy_only=False) for name in CATEGORIES], 1
@@ -83,12 +84,12 @@ class Peers:
         tune = self.split == splits.TUNE
         return -float((self.clicks[tune] * np.log(p[tune]) + (self.shown - self.clicks)[tune] * np.log1p(-p[tune])).sum())
 
-    def regression(self, of_creatives: np.ndarray | None) -> tuple[float, np.ndarray]:
+    def regression(self, of_creatives: np.ndarray | None, penalties: Sequence[float] = (0.03, 0.1, 0.3)) -> tuple[float, np.ndarray]:
         """TUNE loss, and probabilities of the gate rows of the last month, by the best of a few penalties."""
         x = self._columns if of_creatives is None else sparse.hstack([self._columns, self._of_rows(of_creatives)]).tocsr()
         rows, labels, weights = self._doubled(splits.TRAIN)
         found = []
-        for penalty in (0.03, 0.1, 0.3):
+        for penalty in penalties:
             # With scikit-learn's own tolerance it stops after ten steps, far from done.
             fitted = LogisticRegression(C=penalty, max_iter=1000, tol=1e-6).fit(x[rows], labels, weights)
             found.append((self._tune_loss(p := fitted.predict_proba(x)[:, 1]), p[self.split == splits.GATE]))

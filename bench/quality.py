@@ -209,8 +209,41 @@ def ladder(seeds: list[Seed]) -> None:
             bar(f"explained lost with images permuted, {part} (>= {lost})", fall.mean(), fall.mean() >= lost, fall)
 
 
+def of_regression(seed: Seed) -> list[float]:
+    """What a regression with the planted properties expects of the gate's clicks, of the truth.
+
+    First where it learns from the clicks that were drawn, then from those that were to be expected, so that the choice of gate keys and
+    creatives is all the chance that is left, and then from clicks that are drawn anew, five times.
+    """
+    from bench.peers import Peers, planted
+
+    peers, rng = Peers(seed.months, seed.thumbnails), np.random.default_rng(seed.seed)
+    properties, every = planted(seed.lake, seed.months, seed.thumbnails), np.ones(len(seed.gate.truth), bool)
+    anew = [rng.binomial(peers.shown.astype(np.int64), peers.truth).astype(float) for _ in range(5)]
+    found = []
+    for clicks in (peers.clicks, peers.shown * peers.truth, *anew):
+        peers.clicks = clicks
+        found.append(seed.gate.ratio(peers.regression(properties, (0.1,))[1], every))
+    return found
+
+
+def chance(seeds: list[Seed]) -> str:
+    """How far off in sum a model may be that is told all there is to see."""
+    drawn, expected, *anew = np.array([of_regression(seed) for seed in seeds]).T
+    one, other = (", ".join(f"{value:.3f}" for value in values) for values in (drawn, expected))
+    outside = float(np.mean(np.abs(np.array(anew) - 1) > 0.03))
+    return (
+        f"A regression that is given the planted properties is at {one}, and at {other} where it learns from expected clicks instead of "
+        f"drawn ones. Where clicks are drawn anew, a seed is outside 1 +- 0.03 in {outside:.0%} of {np.size(anew)} draws: all "
+        f"{len(seeds)} are within in {(1 - outside) ** len(seeds):.0%} of cases."
+    )
+
+
 def calibration(seeds: list[Seed], name: str = "ranker") -> None:
-    begin(f"{'2. calibration' if name == 'ranker' else '4. their calibration'}, mean of {len(seeds)} seeds")
+    if name == "ranker":
+        begin(f"2. calibration, mean of {len(seeds)} seeds\n\n{chance(seeds)}")
+    else:
+        begin(f"4. their calibration, mean of {len(seeds)} seeds")
     ratios, within = [], []
     for seed in seeds:
         gate, p = seed.gate, seed.predict(seed.embeddings(seed.months), name)

@@ -167,6 +167,8 @@ def test_a_hot_shard_is_cut(storage: Folder, monkeypatch: pytest.MonkeyPatch, un
         assert all(unit.rows <= (unit_rows or ROWS) for unit in parts)
     # 15 sections of 180 rows each are as full as they can be.
     assert len(by_shard[3]) == (-(-15 // (unit_rows // 180)) if unit_rows else 1)
+    # And no unit is left with what the others had no room for.
+    assert {len(unit.sections) for unit in by_shard[3]} <= {1, 2, 15}
 
 
 def test_a_run_can_be_repeated_exactly(storage: Folder, monkeypatch: pytest.MonkeyPatch) -> None:

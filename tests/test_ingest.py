@@ -290,5 +290,5 @@ def test_rows_of_what_is_no_gz_file_are_not_guessed(tmp_path: pathlib.Path, data
 
 
 @pytest.mark.parametrize(("rows", "shards"), [(0, 1), (1, 1), (500_000, 1), (500_001, 2), (10_000_000, 20)])
-def test_an_ordinary_shard_is_half_a_unit(rows: int, shards: int) -> None:
+def test_an_ordinary_shard_is_less_than_a_unit(rows: int, shards: int) -> None:
     assert shards_for(rows) == shards
