@@ -60,16 +60,16 @@ def find_duplicates(unit: Unit, storage: Storage) -> Iterator[pa.RecordBatch]:
         held.append(batch)
         rows += len(batch)
         if rows >= max(_ROWS_AT_ONCE, len(first)):
-            first, later = _firsts(pa.concat_tables([first, pa.Table.from_batches(held)]))
-            held, rows = [], 0
-            yield from later.to_batches(BATCH_ROWS)
-    _, later = _firsts(pa.concat_tables([first, pa.Table.from_batches(held, KEYED)]))
-    yield from later.to_batches(BATCH_ROWS)
+            table = pa.concat_tables([first, pa.Table.from_batches(held)])
+            later = _later(table)
+            yield from table.filter(pa.array(later)).to_batches(BATCH_ROWS)
+            first, held, rows = table.filter(pa.array(~later)), [], 0
+    table = pa.concat_tables([first, pa.Table.from_batches(held, KEYED)])
+    yield from table.filter(pa.array(_later(table))).to_batches(BATCH_ROWS)
 
 
-def _firsts(table: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """The first row of each key by origin, and all others."""
-    table = table.combine_chunks()
+def _later(table: pa.Table) -> np.ndarray:
+    """Which rows another row of their key comes before, by origin: shape (rows,), dtype bool."""
     keys, origin = table["key"].combine_chunks(), table[ORIGIN].to_numpy()
     hashes = hash64_column(keys)
     order = np.argsort(hashes)
@@ -81,4 +81,4 @@ def _firsts(table: pa.Table) -> tuple[pa.Table, pa.Table]:
     later = np.zeros(len(table), bool)
     later[suspects] = True
     later[suspects[at]] = False
-    return table.filter(pa.array(~later)), table.filter(pa.array(later))
+    return later
