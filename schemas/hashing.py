@@ -2,26 +2,21 @@
 
 A value's bytes are taken as little-endian 64-bit words, the last padded with zeros; each word is folded in by `h = mix(h ^ word)`
 and the length by a last fold. `mix` is the finaliser of SplitMix64 (Steele, Lea and Flood 2014). `hash64_column` hashes a whole
-Arrow column with one NumPy pass a word; `hash64` is the same for one value.
+Arrow column with one NumPy pass a word.
 """
+
+import functools
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-_MASK = (1 << 64) - 1
 _SEED = 0x9E3779B97F4A7C15
 _FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
-def mix(h: int) -> int:
-    h = (h ^ (h >> 30)) * _FACTORS[0] & _MASK
-    h = (h ^ (h >> 27)) * _FACTORS[1] & _MASK
-    return h ^ (h >> 31)
-
-
 def mix_all(h: np.ndarray) -> np.ndarray:
-    """`mix` of each, uint64, in place: memory that is new costs more than what is done with it."""
+    """The finaliser on each, uint64, in place: memory that is new costs more than what is done with it."""
     h ^= h >> np.uint64(30)
     h *= np.uint64(_FACTORS[0])
     h ^= h >> np.uint64(27)
@@ -30,23 +25,22 @@ def mix_all(h: np.ndarray) -> np.ndarray:
     return h
 
 
+@functools.cache
 def salted(salt: str) -> int:
     """The start value of a hash family: different salts are independent hashes."""
     return hash64(salt.encode(), _SEED) if salt else _SEED
 
 
 def hash64(value: bytes, start: int = _SEED) -> int:
-    """Hash of one value, 0 to 2⁶⁴ − 1; `start` comes from `salted`."""
-    h = start
-    for i in range(0, len(value), 8):
-        h = mix(h ^ int.from_bytes(value[i : i + 8], "little"))
-    return mix(h ^ len(value))
+    """`hash64_column` of one value, 0 to 2⁶⁴ − 1; `start` comes from `salted`."""
+    return int(hash64_column(pa.array([value]), start)[0])
 
 
 def hash64_column(column: pa.Array, start: int = _SEED) -> np.ndarray:
     """Hashes of a string or binary column, dictionary-encoded or not, shape (rows,), dtype uint64; a null hashes as the empty value."""
     if pa.types.is_dictionary(column.type):
-        hashes = np.append(hash64_column(column.dictionary, start), np.uint64(mix(start)))
+        # The empty value has no word to fold in, and no length.
+        hashes = np.append(hash64_column(column.dictionary, start), mix_all(np.array([start], np.uint64)))
         return hashes[pc.fill_null(column.indices, len(column.dictionary)).to_numpy(zero_copy_only=False)]
     rows = len(column)
     if not rows:

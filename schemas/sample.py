@@ -21,7 +21,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from schemas import lake
-from schemas.hashing import hash64
+from schemas.hashing import hash64, hash64_column
 from schemas.sample_images import Picture, write_pictures
 from schemas.storage import Storage
 
@@ -395,5 +395,5 @@ def _pictures(month: str, creatives: Table, seed: int) -> list[Picture]:
     """The month's delivered pictures. A picture's seed is its number's, so it is drawn the same in every month."""
     there = _take(creatives, creatives["delivered"])
     names = [lake.raw_images(month) + name for name in _image_names(there).to_pylist()]
-    seeds = [hash64(f"{seed} {number}".encode()) for number in there["number"]]
+    seeds = hash64_column(pa.array([f"{seed} {number}" for number in there["number"]])).tolist()
     return [Picture(*values) for values in zip(names, seeds, *(there[name].tolist() for name in PROPERTIES), strict=True)]
