@@ -31,7 +31,7 @@ def check_month(month: str) -> str:
 
 def month_after(month: str, months: int = 1) -> str:
     """The month `months` later (earlier when negative): month_after("2026-12") == "2027-01"."""
-    count = int(month[:4]) * 12 + int(month[5:]) - 1 + months
+    count = month_number(month) - 1 + months
     return f"{count // 12:04d}-{count % 12 + 1:02d}"
 
 
@@ -49,10 +49,7 @@ def months_between(first: str, last: str) -> list[str]:
     check_month(first), check_month(last)
     if first > last:
         raise ValueError(f"months {first}:{last} run backwards; expected the earlier one first")
-    months = [first]
-    while months[-1] < last:
-        months.append(month_after(months[-1]))
-    return months
+    return [month_after(first, months) for months in range(month_number(last) - month_number(first) + 1)]
 
 
 def raw_ads(month: str) -> str:
