@@ -30,6 +30,7 @@ STREAM_CHUNK = 8 << 20
 # Metadata of what is written on a condition: which write it is.
 WRITE = "adstocrat-write"
 BYTES = "application/octet-stream"
+_UPLOAD = {"content_type": BYTES, "checksum": "crc32c", "retry": None}
 _LISTED = "items(name,size,crc32c,updated),nextPageToken"
 T = TypeVar("T")
 
@@ -334,13 +335,30 @@ class Bucket(Storage):
         return io.BufferedReader(reader, chunk)
 
     def write(self, name: str, *parts: bytes) -> None:
-        self._put(name, b"".join(parts))
+        data = b"".join(parts)
+        ask(lambda: self._blob(name).upload_from_string(data, **_UPLOAD), self.uri)
 
     def create(self, name: str, data: bytes) -> bool:
-        return self._conditional(name, 0, data)
+        return self.swap(name, None, data)
 
     def swap(self, name: str, version: str | None, data: bytes) -> bool:
-        return self._conditional(name, int(version or 0), data)
+        from google.api_core.exceptions import PreconditionFailed
+
+        write = uuid.uuid4().hex
+
+        def put() -> None:
+            blob = self._blob(name)
+            blob.metadata = {WRITE: write}
+            blob.upload_from_string(data, if_generation_match=int(version or 0), **_UPLOAD)
+
+        try:
+            ask(put, self.uri)
+        except PreconditionFailed:
+            # Refused, or done by a try whose answer was lost: then it is this very write that lies there.
+            with contextlib.suppress(FileNotFoundError):
+                return (self._found(name).metadata or {}).get(WRITE) == write
+            return False
+        return True
 
     def read_versioned(self, name: str) -> tuple[bytes, str] | tuple[None, None]:
         from google.api_core.exceptions import PreconditionFailed
@@ -358,7 +376,7 @@ class Bucket(Storage):
                 return ask(functools.partial(blob.download_as_bytes, **options), self.uri, name), str(generation)
 
     def upload(self, path: pathlib.Path, name: str) -> None:
-        ask(lambda: self._blob(name).upload_from_filename(str(path), content_type=BYTES, checksum="crc32c", retry=None), self.uri)
+        ask(lambda: self._blob(name).upload_from_filename(str(path), **_UPLOAD), self.uri)
 
     @contextlib.contextmanager
     def local(self, name: str) -> Iterator[pathlib.Path]:
@@ -377,24 +395,3 @@ class Bucket(Storage):
         blob = self._blob(name)
         ask(lambda: blob.reload(retry=None, timeout=READ_TIMEOUT), self.uri, name)
         return blob
-
-    def _put(self, name: str, data: bytes, write: str = "", **condition: int) -> None:
-        def put() -> None:
-            blob = self._blob(name)
-            blob.metadata = {WRITE: write} if write else None
-            blob.upload_from_string(data, content_type=BYTES, checksum="crc32c", retry=None, **condition)
-
-        ask(put, self.uri)
-
-    def _conditional(self, name: str, generation: int, data: bytes) -> bool:
-        from google.api_core.exceptions import PreconditionFailed
-
-        write = uuid.uuid4().hex
-        try:
-            self._put(name, data, write, if_generation_match=generation)
-        except PreconditionFailed:
-            # Refused, or done by a try whose answer was lost: then it is this very write that lies there.
-            with contextlib.suppress(FileNotFoundError):
-                return (self._found(name).metadata or {}).get(WRITE) == write
-            return False
-        return True
