@@ -36,17 +36,14 @@ def wanted(spec: dict[str, Any], ready: int, asked: int, cpu: float) -> int:
         cpu: mean use of a ready instance, as a share of what it requests.
     """
     ratio = cpu / (spec["metrics"][0]["resource"]["target"]["averageUtilization"] / 100)
-    if abs(ratio - 1) <= TOLERANCE or ratio < 1:  # Fewer come only after a while, and not in this minute.
+    if ratio - 1 <= TOLERANCE:  # Fewer come only after a while, and not in this minute.
         return asked
     allowed = [
         asked + (math.ceil(asked * p["value"] / 100) if p["type"] == "Percent" else p["value"])
         for p in spec["behavior"]["scaleUp"]["policies"]
     ]
     # Those that do not answer yet count as idle.
-    count = math.ceil(ready * ratio)
-    if asked > ready and count <= asked:
-        return asked
-    return min(max(asked, count), max(allowed), spec["maxReplicas"])
+    return min(max(asked, math.ceil(ready * ratio)), max(allowed), spec["maxReplicas"])
 
 
 def simulate(
