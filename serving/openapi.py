@@ -44,14 +44,8 @@ def document(max_keys: int, max_body_bytes: int, tokens: bool) -> dict[str, Any]
         "description": "Percent-encoded UTF-8; a slash is %2F. A key of dots alone is asked for in a batch.",
     }
     etag = {"name": "If-None-Match", "in": "header", "schema": _STRING, "description": "An ETag: 304 while its run is served."}
-    row = {"type": "object", "properties": _ROW, "required": list(_ROW)}
+    keys = {"type": "array", "items": _STRING, "maxItems": max_keys}
     scores = {"type": "array", "items": {"anyOf": [{"$ref": "#/components/schemas/Row"}, {"type": "null"}]}, "maxItems": max_keys}
-    batch = {
-        "type": "object",
-        "properties": {"keys": {"type": "array", "items": _STRING, "maxItems": max_keys}},
-        "required": ["keys"],
-        "additionalProperties": False,
-    }
     get = {
         "operationId": "get_score",
         "summary": "One ad's score",
@@ -59,44 +53,44 @@ def document(max_keys: int, max_body_bytes: int, tokens: bool) -> dict[str, Any]
         "responses": {
             "200": {"headers": _HEADERS, **_json("The row.", "Score")},
             "304": {"description": "The run that the ETag names is still served.", "headers": _HEADERS},
-            **_problems(400, 404, 503, tokens=tokens),
+            **_problems(400, 404, tokens=tokens),
         },
     }
     lookup = {
         "operationId": "lookup_scores",
         "summary": f"Up to {max_keys:,} ads' scores, in the order of their keys; null for an unknown one",
         "requestBody": {"required": True, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Keys"}}}},
-        "responses": {"200": _json("All rows, of one run.", "Batch"), **_problems(400, 413, 503, tokens=tokens)},
+        "responses": {"200": _json("All rows, of one run.", "Batch"), **_problems(400, 413, tokens=tokens)},
         "description": f"Any key can be asked for here, and one several times. A body has at most {max_body_bytes:,} bytes.",
     }
     status = {
         "operationId": "get_status",
         "summary": "What is served",
-        "responses": {"200": _json("The run.", "Status"), **_problems(503, tokens=tokens)},
+        "responses": {"200": _json("The run.", "Status"), **_problems(tokens=tokens)},
     }
     schemas = {
-        "Row": {**row, "description": "A row of the score table, with the contract's key and segment columns."},
-        "Score": {"type": "object", "properties": {**_ROW, **_RUN}, "required": [*_ROW, *_RUN]},
-        "Keys": batch,
-        "Batch": {"type": "object", "properties": {**_RUN, "scores": scores}, "required": [*_RUN, "scores"]},
-        "Status": {"type": "object", "properties": {**_RUN, "rows": {"type": "integer", "minimum": 0}}, "required": [*_RUN, "rows"]},
-        "Problem": {
-            "type": "object",
-            "properties": {"type": _STRING, "title": _STRING, "status": {"type": "integer"}, "detail": _STRING},
-            "required": ["type", "title", "status", "detail"],
-        },
+        "Row": _object(_ROW, description="A row of the score table, with the contract's key and segment columns."),
+        "Score": _object({**_ROW, **_RUN}),
+        "Keys": _object({"keys": keys}, additionalProperties=False),
+        "Batch": _object({**_RUN, "scores": scores}),
+        "Status": _object({**_RUN, "rows": {"type": "integer", "minimum": 0}}),
+        "Problem": _object({"type": _STRING, "title": _STRING, "status": {"type": "integer"}, "detail": _STRING}),
     }
-    secured: dict[str, Any] = {"security": [{"token": []}]} if tokens else {}
-    schemes: dict[str, Any] = (
-        {"securitySchemes": {"token": {"type": "http", "scheme": "bearer", "description": "id.secret"}}} if tokens else {}
-    )
-    return {
+    described: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "Adstocrat", "version": "1", "summary": "Click probabilities of ads, of the month that is published."},
         "paths": {"/v1/scores/{key}": {"get": get}, "/v1/scores:lookup": {"post": lookup}, "/v1/status": {"get": status}},
-        "components": {"schemas": schemas, **schemes},
-        **secured,
+        "components": {"schemas": schemas},
     }
+    if tokens:
+        described["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer", "description": "id.secret"}}
+        described["security"] = [{"token": []}]
+    return described
+
+
+def _object(properties: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """An object that has all of its properties always."""
+    return {"type": "object", "properties": properties, "required": list(properties), **more}
 
 
 def _json(description: str, schema: str, kind: str = "application/json") -> dict[str, Any]:
@@ -115,6 +109,7 @@ def _problems(*statuses: int, tokens: bool) -> dict[str, Any]:
         431: "The headers are too long.",
         503: "No month is loaded yet, or there are too many connections.",
     }
-    told = sorted({*statuses, 405, 408, 431, *([401] if tokens else [])})
-    extra: dict[int, Any] = {503: {"headers": _RETRY}}
-    return {str(status): {**_json(answers[status], "Problem", "application/problem+json"), **extra.get(status, {})} for status in told}
+    told = sorted({*statuses, 405, 408, 431, 503, *([401] if tokens else [])})
+    problems = {str(status): _json(answers[status], "Problem", "application/problem+json") for status in told}
+    problems["503"]["headers"] = _RETRY
+    return problems
