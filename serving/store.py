@@ -71,15 +71,13 @@ class Table:
         self.encoder_version: str = manifest.info["encoder_version"]
         self._shards = int(manifest.info["shards"])
         self._readers, self._closing = 0, False
-        self._open = contextlib.ExitStack()
         receipts = sorted(manifest.receipts, key=lambda receipt: receipt.unit)
         if not verified:
             _check_files(folder, receipts)
-        with contextlib.ExitStack() as undo:
-            undo.callback(self._open.close)
-            self._files = [self._open_shard(folder, receipt, shard) for shard, receipt in enumerate(receipts)]
+        with contextlib.ExitStack() as opened:  # Closed again if one of them is refused.
+            self._files = [self._open_shard(receipt, number, opened) for number, receipt in enumerate(receipts)]
             self._parts = [(shard.data, shard.starts, shard.buckets) for shard in self._files]
-            undo.pop_all()
+            self._open = opened.pop_all()
 
     @property
     def age_days(self) -> float:
@@ -122,12 +120,12 @@ class Table:
         if self._closing:
             self.close()
 
-    def _open_shard(self, folder: pathlib.Path, receipt: Receipt, number: int) -> Shard:
+    def _open_shard(self, receipt: Receipt, number: int, opened: contextlib.ExitStack) -> Shard:
         try:
-            shard = Shard(folder / receipt.unit)
+            shard = Shard(self.folder / receipt.unit)
         except (OSError, ValueError) as error:
             raise TableRefused(f"{receipt.unit} of run {self.run} cannot be opened: {error}") from error
-        self._open.callback(shard.close)
+        opened.callback(shard.close)
         if shard.rows != receipt.rows:
             raise TableRefused(f"{receipt.unit} of run {self.run} has {shard.rows} keys, but its receipt says {receipt.rows}")
         key = shard.first_key()
