@@ -27,7 +27,7 @@ MAX_BODY_BYTES = 16 << 20
 SLICE_KEYS = 1_000
 
 SCORES = b"/v1/scores/"
-_JSON = (b"content-type", b"application/json")
+JSON = (b"content-type", b"application/json")
 _PROBLEM = (b"content-type", b"application/problem+json")
 _PATHS = {"/v1/scores:lookup": 1, "/v1/status": 2, "/openapi.json": 3}
 _LOOKUP = 1
@@ -57,7 +57,7 @@ class Service:
         self.table: Table | None = None
         self._suffix = self._etag = b""
         self._headers: Headers = []
-        self._document = _dumps(document(MAX_KEYS, MAX_BODY_BYTES, tokens is not None))
+        self._document = dumps(document(MAX_KEYS, MAX_BODY_BYTES, tokens is not None))
 
     def serve(self, table: Table) -> None:
         """Answer from `table` from now on; the one before is closed when the last batch that reads it is done."""
@@ -67,7 +67,7 @@ class Service:
         self._etag = b'"%s"' % table.run.encode()
         # What a cache holds is asked for again each time, at the price of a 304: or a roll-back would not reach everybody.
         validators = [(b"etag", b"W/" + self._etag), (b"last-modified", modified), (b"cache-control", b"no-cache")]
-        self._headers = [_JSON, *validators]
+        self._headers = [JSON, *validators]
         self.tick()
         if before is not None:
             before.close()
@@ -75,7 +75,7 @@ class Service:
     def tick(self) -> None:
         """What changes by itself: to be called every second or so."""
         if self.table:
-            self._suffix = b"," + _dumps(_run(self.table))[1:]
+            self._suffix = b"," + dumps(_run(self.table))[1:]
         if self.tokens:
             self.tokens.poll()
 
@@ -147,8 +147,8 @@ class Service:
             if route == _LOOKUP:
                 return await self._lookup(receive)
             if path == "/openapi.json":
-                return 200, [_JSON], self._document
-            return (200, [_JSON], _dumps({**_run(self.table), "rows": self.table.rows})) if self.table else self._unready()
+                return 200, [JSON], self._document
+            return (200, [JSON], dumps({**_run(self.table), "rows": self.table.rows})) if self.table else self._unready()
         except Exception:  # noqa: BLE001  As above.
             return _failed(method, path)
 
@@ -171,12 +171,12 @@ class Service:
         rows: list[bytes] = []
         # Other requests are answered, and another run may be swapped in, between two slices; this batch goes on with its own.
         with table:
-            head = _dumps(_run(table))[:-1] + b',"scores":['
+            head = dumps(_run(table))[:-1] + b',"scores":['
             for start in range(0, len(keys), SLICE_KEYS):
                 rows += table.get_many(keys[start : start + SLICE_KEYS])
                 await asyncio.sleep(0)
         self.counters.batch(len(rows), rows.count(b"null"))
-        return 200, [_JSON], b"".join((head, b",".join(rows), b"]}"))
+        return 200, [JSON], b"".join((head, b",".join(rows), b"]}"))
 
 
 async def reply(send: Send, status: int, headers: Headers, body: bytes) -> None:
@@ -216,13 +216,14 @@ def _run(table: Table) -> dict[str, Any]:
     return {"month": table.month, "run_id": table.run, **versions, "age_days": table.age_days}
 
 
-def _dumps(values: dict[str, Any]) -> bytes:
+def dumps(values: dict[str, Any]) -> bytes:
+    """JSON as it is sent: short, in UTF-8."""
     return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def problem_body(status: int, detail: str) -> bytes:
     """Problem details as JSON."""
-    return _dumps({"type": "about:blank", "title": http.HTTPStatus(status).phrase, "status": status, "detail": detail})
+    return dumps({"type": "about:blank", "title": http.HTTPStatus(status).phrase, "status": status, "detail": detail})
 
 
 def _problem(status: int, detail: str, *headers: tuple[bytes, bytes]) -> Answer:

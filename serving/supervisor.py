@@ -23,7 +23,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 
 from schemas.lake import CURRENT, Current, differs, read_pointer
 from schemas.storage import Storage
-from serving.app import Receive, Scope, Send, reply
+from serving.app import JSON, Receive, Scope, Send, dumps, reply
 from serving.counters import BYTES, Counters
 from serving.metrics import Served
 from serving.store import TableRefused, fetch
@@ -192,20 +192,17 @@ class Supervisor:
         registry = CollectorRegistry()
         registry.register(self.served)
 
-        def told(path: str) -> tuple[int, str, bytes]:
-            if path == "/metrics":
-                return 200, CONTENT_TYPE_LATEST, generate_latest(registry)
+        async def probes(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["path"] == "/metrics":
+                await reply(send, 200, [(b"content-type", CONTENT_TYPE_LATEST.encode())], generate_latest(registry))
+                return
             status, text = 404, "there are /healthz, /readyz and /metrics"
-            if path == "/healthz":
+            if scope["path"] == "/healthz":
                 status, text = 200, "ok"
-            elif path == "/readyz":
+            elif scope["path"] == "/readyz":
                 why = "stopping" if self.stop.is_set() else self._message.get("waiting", "starting")
                 status, text = (200, "ready") if all(worker.run for worker in self._workers) and not self.stop.is_set() else (503, why)
-            return status, "application/json", json.dumps({"status": text}, separators=(",", ":")).encode()
-
-        async def probes(scope: Scope, receive: Receive, send: Send) -> None:
-            status, kind, body = told(scope["path"])
-            await reply(send, status, [(b"content-type", kind.encode())], body)
+            await reply(send, status, [JSON], dumps({"status": text}))
 
         return probes
 
