@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shlex
 import signal
 import socket
 import subprocess
@@ -119,8 +120,7 @@ def run(state: pathlib.Path, command: list[str]) -> int:
 
 def export_lines(environment: dict[str, str]) -> str:
     """Shell lines that set the environment, for `eval`."""
-    quoted = {name: value.replace("'", "'\"'\"'") for name, value in environment.items()}
-    return "".join(f"export {name}='{value}'\n" for name, value in quoted.items())
+    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items())
 
 
 def die_with(parent: int) -> None:
@@ -211,14 +211,14 @@ def _runs(state: pathlib.Path, name: str) -> bool:
 def _answers(state: pathlib.Path, name: str) -> bool:
     """Whether the server of that name answers with 200; asked without any proxy."""
     variable, path = {"storage": ("STORAGE_EMULATOR_HOST", "/"), "bigquery": ("BIGQUERY_EMULATOR_HOST", "/readyz")}[name]
-    connection = http.client.HTTPConnection(urlsplit(_saved(state)["environment"][variable]).netloc, timeout=5)
-    try:
+    address = urlsplit(_saved(state)["environment"][variable]).netloc
+    with (
+        contextlib.closing(http.client.HTTPConnection(address, timeout=5)) as connection,
+        contextlib.suppress(OSError, http.client.HTTPException),
+    ):
         connection.request("GET", path)
         return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
+    return False
 
 
 def _saved(state: pathlib.Path) -> dict[str, Any]:

@@ -19,7 +19,6 @@ import threading
 import time
 from functools import partial
 from http.server import ThreadingHTTPServer
-from types import FrameType
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -80,7 +79,7 @@ class Index(Storage):
         super().delete_file(bucket_name, file_name)
 
     def get_file(self, bucket_name: str, file_name: str, show_error: bool = True) -> Any:
-        path = self._store._disk_path(self._store._norm(self._object_path(bucket_name, file_name)))
+        path = self._store._disk_path(self._object_path(bucket_name, file_name))
         if not (self.reading and path.is_file() and path.stat().st_size):
             return super().get_file(bucket_name, file_name, show_error)
         # The emulator takes a range out of the file; mapped, a part of a big one does not cost all of it.
@@ -155,12 +154,8 @@ class Server(ThreadingHTTPServer):
 def serve(port: int, folder: pathlib.Path) -> None:
     """Serve `folder` on loopback until SIGTERM or SIGINT; on return all that was acknowledged is on disk."""
     stopped: list[int] = []
-
-    def stop(signum: int, _: FrameType | None) -> None:
-        stopped.append(signum)
-
     for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, stop)
+        signal.signal(signum, lambda number, _: stopped.append(number))
     index = Index(folder)
     buckets.create_bucket(BUCKET, index)
     server = Server(("127.0.0.1", port), partial(Handler, index))
