@@ -4,6 +4,7 @@ There may be many, so they are remembered as lines in the order of the names, an
 """
 
 import functools
+import io
 import json
 import os
 import pathlib
@@ -48,15 +49,15 @@ def entries(root: pathlib.Path, names: list[str], before: bytes) -> tuple[Iterat
         else:
             changed.append(lines)
     now = b"".join([before[:same], *changed]) if changed or same < len(before) else before
-    found = (Entry(name, size, checksum) for name, size, _, checksum in _parsed(now))
+    found = (Entry(name, size, checksum) for name, size, _, checksum in map(json.loads, io.BytesIO(now)))
     return found, b"" if now is before else crc32c(now).encode() + b"\n" + now
 
 
 def _beside(names: list[str], before: bytes) -> Iterator[tuple[list[str], dict[str, _Line]]]:
     """The names, some at a time, and what is known of these."""
     length = max(1, min(_FILES, len(names) // (8 * _THREADS)))
-    lines = _parsed(before)
-    line = next(lines, None)
+    lines = map(json.loads, io.BytesIO(before))
+    line: _Line | None = next(lines, None)
     for start in range(0, len(names), length):
         some, known = names[start : start + length], dict[str, _Line]()
         while line and line[0] <= some[-1]:
@@ -75,10 +76,3 @@ def _look(root: pathlib.Path, some: tuple[list[str], dict[str, _Line]]) -> bytes
             checksum = crc32c_of_file(root / name)
         lines.append(json.dumps([name, stat.st_size, stat.st_mtime_ns, checksum]) + "\n")
     return "".join(lines).encode()
-
-
-def _parsed(lines: bytes) -> Iterator[_Line]:
-    start = 0
-    while end := lines.find(b"\n", start) + 1:
-        yield json.loads(lines[start:end])
-        start = end
