@@ -10,7 +10,6 @@ effects. So a month is the same whatever months are asked for after it, and the 
 
 import dataclasses
 import io
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -107,7 +106,7 @@ def write_months(storage: Storage, months: Sequence[str], ads: int, creatives: i
         for drawn in write_pictures(storage, _pictures(month, population.creatives, seed)):
             progress(f"{month}: {ads:,} rows, {drawn:,} images")
         files = len(storage.names(f"raw/{month}/"))
-        storage.write(f"truth/sample-{month}.json", json.dumps({**parameters[month], "files": files}, indent=1).encode())
+        storage.write_json(f"truth/sample-{month}.json", {**parameters[month], "files": files})
 
 
 def _is_written(storage: Storage, month: str, parameters: dict[str, Any]) -> bool:
