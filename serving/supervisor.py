@@ -140,12 +140,10 @@ class Supervisor:
                 self._wait("No lookup table is published yet; the first published month will be served without a restart.")
                 return
             self.served.differs = self._storage.read_versioned(differs(current.month))[0] is not None
-            if table is not None and (table.month, table.run) == (current.month, current.run):
+            if table is not None and current == Current(table.month, table.run):
                 self._failed = None
-                return
-            if current == self._failed and time.monotonic() < self._retry_at:
-                return
-            self._swap(current)
+            elif current != self._failed or time.monotonic() >= self._retry_at:
+                self._swap(current)
         except Exception as error:  # noqa: BLE001  A lake may fail in any way, and the service must outlive all of them.
             if self.stop.is_set():
                 return
