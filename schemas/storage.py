@@ -207,7 +207,8 @@ class Folder(Storage):
         return open(self._root / name, "rb")
 
     def write(self, name: str, *parts: bytes) -> None:
-        self._replace(self._root / name, *parts)
+        path = self._root / name
+        os.replace(self._temporary(path, *parts), path)
 
     def create(self, name: str, data: bytes) -> bool:
         path = self._root / name
@@ -228,7 +229,7 @@ class Folder(Storage):
             fcntl.flock(lock, fcntl.LOCK_EX)
             if self.read_versioned(name)[1] != version:
                 return False
-            self._replace(path, data)
+            self.write(name, data)
         return True
 
     def read_versioned(self, name: str) -> tuple[bytes, str] | tuple[None, None]:
@@ -266,9 +267,6 @@ class Folder(Storage):
         with temporary.open("wb") as stream:
             stream.writelines(parts)
         return temporary
-
-    def _replace(self, path: pathlib.Path, *parts: bytes) -> None:
-        os.replace(self._temporary(path, *parts), path)
 
 
 @dataclasses.dataclass(frozen=True)
