@@ -12,15 +12,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 _SEED = 0x9E3779B97F4A7C15
-_FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 def mix_all(h: np.ndarray) -> np.ndarray:
     """The finaliser on each, uint64, in place: memory that is new costs more than what is done with it."""
     h ^= h >> np.uint64(30)
-    h *= np.uint64(_FACTORS[0])
+    h *= np.uint64(0xBF58476D1CE4E5B9)
     h ^= h >> np.uint64(27)
-    h *= np.uint64(_FACTORS[1])
+    h *= np.uint64(0x94D049BB133111EB)
     h ^= h >> np.uint64(31)
     return h
 
@@ -28,7 +27,7 @@ def mix_all(h: np.ndarray) -> np.ndarray:
 @functools.cache
 def salted(salt: str) -> int:
     """The start value of a hash family: different salts are independent hashes."""
-    return hash64(salt.encode(), _SEED) if salt else _SEED
+    return hash64(salt.encode()) if salt else _SEED
 
 
 def hash64(value: bytes, start: int = _SEED) -> int:
