@@ -15,7 +15,7 @@ from email.utils import format_datetime
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from serving.counters import BYTES, ROUTES, Counters
+from serving.counters import ROUTES, Counters
 from serving.openapi import document
 from serving.store import Table
 from serving.tokens import Tokens
@@ -50,9 +50,9 @@ class Service:
         table: what is served.
     """
 
-    def __init__(self, counters: Counters | None = None, tokens: Tokens | None = None) -> None:
+    def __init__(self, counters: Counters, tokens: Tokens | None) -> None:
         """`counters` are this worker's; without `tokens` everybody may ask."""
-        self.counters, self.tokens = counters or Counters(bytearray(BYTES)), tokens
+        self.counters, self.tokens = counters, tokens
         self.waiting = "The lookup table is being loaded; try again soon."
         self.table: Table | None = None
         self._suffix = self._etag = b""

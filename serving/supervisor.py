@@ -49,10 +49,10 @@ class Options:
     """
 
     cache: pathlib.Path
-    workers: int = 1
-    connections: int = 128
-    poll_seconds: float = 1.0
-    tokens: pathlib.Path | None = None
+    workers: int
+    connections: int
+    poll_seconds: float
+    tokens: pathlib.Path | None
 
 
 class Supervisor:
@@ -101,8 +101,7 @@ class Supervisor:
         options = self._options
         ours, theirs = socket.socketpair()
         fds = {"listener": self._listener.fileno(), "control": theirs.fileno(), "counters": self._counts.fileno()}
-        tokens = str(options.tokens) if options.tokens else None
-        settings = {**fds, "worker": number, "tokens": tokens, "connections": options.connections}
+        settings = {**fds, "worker": number, "tokens": str(options.tokens or ""), "connections": options.connections}
         command = [sys.executable, "-m", "serving.worker", json.dumps(settings)]
         path = os.pathsep.join(filter(None, [str(pathlib.Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]))
         # What a batch took is there again for the next: given back to the system, it would cost a page fault every 4 KiB.
