@@ -115,7 +115,7 @@ class Client:
         self.close()
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        answer = self._pool.request(method, self._url + path, **({} if body is None else {"json": body}))
+        answer = self._pool.request(method, self._url + path, json=body)
         if answer.status == 200:
             return answer.json()
         try:
