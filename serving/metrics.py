@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
@@ -61,10 +62,8 @@ def _requests(slots: Sequence[int]) -> Iterator[Metric]:
         for status, count in zip(STATUSES, slots[first : first + len(STATUSES)], strict=True):
             if count:
                 requests.add_metric([name, str(status)], count)
-        first, total, buckets = HISTOGRAMS + route * OF_A_ROUTE, 0, []
-        for bound, count in zip([*map(str, BOUNDS), "+Inf"], slots[first : first + BUCKETS + 1], strict=True):
-            total += count
-            buckets.append((bound, float(total)))
-        seconds.add_metric([name], buckets, slots[first + BUCKETS + 1] / 1e9)
+        first = HISTOGRAMS + route * OF_A_ROUTE
+        totals = map(float, itertools.accumulate(slots[first : first + BUCKETS + 1]))
+        seconds.add_metric([name], list(zip([*map(str, BOUNDS), "+Inf"], totals, strict=True)), slots[first + BUCKETS + 1] / 1e9)
     yield requests
     yield seconds
