@@ -236,13 +236,11 @@ def _free_ports(state: pathlib.Path) -> list[int]:
 
 
 def _bind(held: contextlib.ExitStack, port: int) -> int:
-    probe = held.enter_context(socket.socket())
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        probe.bind(("127.0.0.1", port))
+        probe = socket.create_server(("127.0.0.1", port))
     except OSError:
-        probe.bind(("127.0.0.1", 0))
-    return probe.getsockname()[1]
+        probe = socket.create_server(("127.0.0.1", 0))
+    return held.enter_context(probe).getsockname()[1]
 
 
 def _save(state: pathlib.Path, storage: int, bigquery: int, grpc: int) -> None:
