@@ -14,12 +14,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable
 from mmap import mmap
 from typing import Any
 
 import uvicorn
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from schemas.lake import CURRENT, Current, differs, read_pointer
 from schemas.storage import Storage
@@ -76,7 +75,7 @@ class Supervisor:
     def run(self) -> None:
         """Serve; returns when all requests that were under way at the stop are answered."""
         self._workers = [self._start(worker) for worker in range(self._options.workers)]
-        probes = uvicorn.Server(uvicorn_config(self._probes_app()))
+        probes = uvicorn.Server(uvicorn_config(self._probe, interface="asgi3"))
         threads = [threading.Thread(target=probes.run, args=([self._probes],)), threading.Thread(target=self._watch)]
         for thread in threads:
             thread.start()
@@ -185,23 +184,17 @@ class Supervisor:
             logger.log(level, message)
             self._logged = message
 
-    def _probes_app(self) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
-        registry = CollectorRegistry()
-        registry.register(self.served)
-
-        async def probes(scope: Scope, receive: Receive, send: Send) -> None:
-            if scope["path"] == "/metrics":
-                await reply(send, 200, [(b"content-type", CONTENT_TYPE_LATEST.encode())], generate_latest(registry))
-                return
-            status, text = 404, "there are /healthz, /readyz and /metrics"
-            if scope["path"] == "/healthz":
-                status, text = 200, "ok"
-            elif scope["path"] == "/readyz":
-                why = "stopping" if self.stop.is_set() else self._message.get("waiting", "starting")
-                status, text = (200, "ready") if all(worker.run for worker in self._workers) and not self.stop.is_set() else (503, why)
-            await reply(send, status, [JSON], dumps({"status": text}))
-
-        return probes
+    async def _probe(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/metrics":
+            await reply(send, 200, [(b"content-type", CONTENT_TYPE_LATEST.encode())], generate_latest(self.served))
+            return
+        status, text = 404, "there are /healthz, /readyz and /metrics"
+        if scope["path"] == "/healthz":
+            status, text = 200, "ok"
+        elif scope["path"] == "/readyz":
+            why = "stopping" if self.stop.is_set() else self._message.get("waiting", "starting")
+            status, text = (200, "ready") if all(worker.run for worker in self._workers) and not self.stop.is_set() else (503, why)
+        await reply(send, status, [JSON], dumps({"status": text}))
 
 
 class _Worker:
