@@ -196,14 +196,14 @@ def check(run: MonthRun) -> None:
     Raises:
         AlarmError: with the alarms that stop the month.
     """
-    rows = (run.storage.read_json(_file(run.month, run.id)) or {"compared": []})["compared"]
+    rows = (run.document("drift") or {"compared": []})["compared"]
     stopping = [row["sentence"] for row in rows if row["alarm"] and {row["kind"], row["column"]} & set(run.config.monitor_stop)]
     if stopping:
         raise AlarmError(f"{run.month} is stopped before anything is trained: {'; '.join(stopping)}")
 
 
 def is_complete(run: MonthRun) -> bool:
-    found = run.storage.read_json(_file(run.month, run.id))
+    found = run.document("drift")
     return found is not None and not any(row["alarm"] and row["action"] == "stop" for row in found["compared"])
 
 

@@ -8,7 +8,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from beam_jobs.run import MonthRun, StageError
-from schemas import lake
 from schemas.retries import take_retries
 from schemas.storage import Storage
 from serving.shard import read_header
@@ -24,11 +23,12 @@ def take(run: MonthRun) -> dict[str, Any]:
         StageError: it does not balance, or a file is missing or damaged; says where.
     """
     rows = run.manifest(run.stage("rows"))
-    scores, evaluation = run.manifest(run.stage("scores")), lake.read_manifest(run.storage, run.stage("evaluation"))
+    scores, evaluation = run.manifest(run.stage("scores")), run.left("evaluation")
     lookup = run.manifest(run.stage("lookup"))
-    packs = run.manifest(run.stage("creatives") + "/packs")
+    packs = run.manifest(run.stage("creatives", "packs"))
     index = run.manifest(run.stage("creatives"))
-    embedded = lake.read_manifest(run.storage, lake.stage_folder(f"embeddings/{scores.info['encoder']}", run.month, run.id) + "/packs")
+    embeddings = f"embeddings/{scores.info['encoder']}"
+    embedded, gathered = run.left(embeddings, "packs"), run.left(embeddings)
     rejected, steps = rows.counts("rejected:"), used(run)
     counts = {
         "read": rows.count("read"),
@@ -49,7 +49,6 @@ def take(run: MonthRun) -> dict[str, Any]:
     if run.contract.mature_before:
         counts["too young"] = rows.count("too young")
     # Requests to storage that were made again, in the stages and in this process since: compared with nothing.
-    gathered = lake.read_manifest(run.storage, lake.embeddings_folder(scores.info["encoder"], run.month, run.id))
     told = [manifest.count("retries") for manifest in (rows, packs, index, embedded, gathered, scores, lookup) if manifest]
     if retries := sum(told) + take_retries()["retries"]:
         counts["retries"] = retries

@@ -13,7 +13,6 @@ from beam_jobs.notify import notify
 from beam_jobs.ready import check_rejects
 from beam_jobs.run import HandedOverError, MonthRun, stage_error
 from schemas import lake
-from schemas.lake import Manifest
 
 log = logging.getLogger("adstocrat")
 Flags = Sequence[str]
@@ -71,7 +70,7 @@ def _run_stages(run: MonthRun, flags: Flags) -> bool:
                 except Exception:  # What stopped the month is what must be told, and is raised.
                     log.exception("the page that says why could not be made; `adstocrat report %s` tries again", run.id)
             raise
-    log.info("%s", ledger.show(run.storage.read_json(f"{run.folder}/ledger.json")))
+    log.info("%s", ledger.show(run.document("ledger")))
     return ran
 
 
@@ -102,8 +101,8 @@ def run_stage(stage: Stage, run: MonthRun, flags: Flags) -> bool:
     return True
 
 
-def _complete(folder: Callable[[MonthRun], str]) -> Callable[[MonthRun], bool]:
-    return lambda run: lake.read_manifest(run.storage, folder(run)) is not None
+def _complete(stage: str) -> Callable[[MonthRun], bool]:
+    return lambda run: run.left(stage) is not None
 
 
 def _pipeline(step: str, define: Any, flags: Flags, run: MonthRun, *arguments: Any) -> None:
@@ -122,12 +121,8 @@ def _ingest(run: MonthRun, flags: Flags) -> None:
     _pipeline("ingest", ingest.define_pipeline, flags, run)
 
 
-def _rows(run: MonthRun) -> Manifest:
-    return run.manifest(run.stage("rows"))
-
-
 def _tell_ingest(run: MonthRun) -> tuple[str, int]:
-    rows = _rows(run)
+    rows = run.manifest(run.stage("rows"))
     read, ingested, rejected = rows.count("read"), rows.count("ingested"), rows.counts("rejected:")
     reasons = f" ({', '.join(f'{reason} {count:,}' for reason, count in rejected.items())})" if rejected else ""
     return f"{read:,} rows read, {ingested:,} ingested, {sum(rejected.values()):,} rejected{reasons}", read
@@ -136,15 +131,15 @@ def _tell_ingest(run: MonthRun) -> tuple[str, int]:
 def _creatives(run: MonthRun, flags: Flags) -> None:
     from beam_jobs import creatives
 
-    shards = _rows(run).info["shards"]
-    if lake.read_manifest(run.storage, run.stage("creatives") + "/packs") is None:
+    shards = run.manifest(run.stage("rows")).info["shards"]
+    if run.left("creatives", "packs") is None:
         _pipeline("creatives-packs", creatives.define_pack_pipeline, flags, run)
     _pipeline("creatives-index", creatives.define_index_pipeline, flags, run, shards)
 
 
 def _tell_creatives(run: MonthRun) -> tuple[str, int]:
     index = run.manifest(run.stage("creatives"))
-    packs = run.manifest(run.stage("creatives") + "/packs")
+    packs = run.manifest(run.stage("creatives", "packs"))
     images, fetched = index.count("images"), packs.count("fetched")
     faults = sum(count for status, count in index.counts("status:").items() if not status.startswith("ok"))
     return f"{images:,} images, {fetched:,} new, {packs.count('decoded'):,} decoded, {faults:,} faults", fetched
@@ -157,22 +152,18 @@ def _realised(run: MonthRun, flags: Flags) -> None:
 
 
 def _realised_is_complete(run: MonthRun) -> bool:
-    told = _realised_quality(run)
+    told = run.document("realised")
     return told is not None and told["action"] != "stop"
 
 
-def _realised_quality(run: MonthRun) -> Any:
-    return run.storage.read_json(f"{run.folder}/realised.json")
-
-
 def _tell_realised(run: MonthRun) -> tuple[str, int]:
-    told = _realised_quality(run)
+    told = run.document("realised")
     judged = f"of {told['month']}, run {told['run']}, {told['matched_share']:.1%} of impressions matched: " if told["rows"] else ""
     return f"{judged}{told['verdict']}", sum(row["impressions"] for row in told["rows"] if row["segment"] is None)
 
 
 def _tell_drift(run: MonthRun) -> tuple[str, int]:
-    found = run.storage.read_json(f"{run.folder}/drift.json")
+    found = run.document("drift")
     against = f"against {found['previous']}" if found["previous"] else "no month to compare with"
     return f"{len(found['compared'])} comparisons, {against}: {len(found['alarms'])} alarms", len(found["compared"])
 
@@ -183,24 +174,21 @@ def _encoder(run: MonthRun, flags: Flags) -> None:
     _pipeline("encoder", train.define_pipeline, flags, run, train.train_encoder)
 
 
-def _tell_model(folder: Callable[[MonthRun], str]) -> Callable[[MonthRun], tuple[str, int]]:
-    def tell(run: MonthRun) -> tuple[str, int]:
-        info = run.manifest(folder(run)).info
-        training = info["training"]
-        told = f"{training['rows']:,} rows, {training['clicks']:,.0f} clicks"
-        if training.get("epochs"):
-            told += f", {training['epochs']} epochs"
-        if training.get("tune_loss") is not None:
-            told += f", tune loss {training['tune_loss']:.5f}"
-        return f"{info['kind']} {info['version']}, {training['mode']}, {told}", training["rows"]
-
-    return tell
+def _tell_model(kind: str, run: MonthRun) -> tuple[str, int]:
+    info = run.manifest(run.stage(kind)).info
+    training = info["training"]
+    told = f"{training['rows']:,} rows, {training['clicks']:,.0f} clicks"
+    if training.get("epochs"):
+        told += f", {training['epochs']} epochs"
+    if training.get("tune_loss") is not None:
+        told += f", tune loss {training['tune_loss']:.5f}"
+    return f"{kind} {info['version']}, {training['mode']}, {told}", training["rows"]
 
 
 def _embed(run: MonthRun, flags: Flags) -> None:
     from beam_jobs import embed
 
-    run.manifest(_encoder_folder(run))
+    run.manifest(run.stage("encoder"))
     # Each pipeline has a name of its own; those of the run's own encoder, which is the first, need no number.
     number = {encoder: f"-{i}" if i else "" for i, encoder in enumerate(dict.fromkeys(encoder for encoder, _, _ in _to_embed(run)))}
     for encoder in number:
@@ -217,24 +205,20 @@ def _to_embed(run: MonthRun) -> list[tuple[str, str, str]]:
     return [(encoder, *month) for encoder in encoders for month in run.window]
 
 
-def _embeddings(run: MonthRun) -> str:
-    return lake.embeddings_folder(run.encoder, run.month, run.id)
-
-
 def _embed_is_complete(run: MonthRun) -> bool:
     return all(lake.read_manifest(run.storage, lake.embeddings_folder(*wanted)) for wanted in _to_embed(run))
 
 
 def _tell_embed(run: MonthRun) -> tuple[str, int]:
-    embedded = run.manifest(_embeddings(run) + "/packs").count("embedded")
+    embedded = run.manifest(run.stage(f"embeddings/{run.encoder}", "packs")).count("embedded")
     return f"{embedded:,} new creatives embedded by {run.encoder}", embedded
 
 
 def _train(run: MonthRun, flags: Flags) -> None:
     from beam_jobs import realised, train
 
-    run.manifest(_encoder_folder(run))
-    run.manifest(_embeddings(run))
+    run.manifest(run.stage("encoder"))
+    run.manifest(lake.embeddings_folder(run.encoder, run.month, run.id))
     drift.check(run)
     realised.check(run)
     _pipeline("train", train.define_pipeline, flags, realised.trained_as(run), train.train_ranker)
@@ -243,7 +227,7 @@ def _train(run: MonthRun, flags: Flags) -> None:
 def _evaluate(run: MonthRun, flags: Flags) -> None:
     from beam_jobs import evaluate
 
-    candidate = run.manifest(_ranker_folder(run))
+    candidate = run.manifest(run.stage("ranker"))
     if candidate.info["training"]["mode"] == "none":
         evaluate.keep_champion(run, candidate.info["training"]["why"])
     else:
@@ -262,13 +246,13 @@ def _score(run: MonthRun, flags: Flags) -> None:
     from beam_jobs import evaluate, score, shift
 
     evaluate.check_promoted(run)
-    if lake.read_manifest(run.storage, run.stage("scores")) is None:
+    if run.left("scores") is None:
         _pipeline("score", score.define_pipeline, flags, run, run.manifest(run.stage("evaluation")))
     shift.explain(run)
 
 
 def _score_is_complete(run: MonthRun) -> bool:
-    return _complete(_of("scores"))(run) and run.storage.read_json(f"{run.folder}/shift.json") is not None
+    return run.left("scores") is not None and run.document("shift") is not None
 
 
 def _tell_score(run: MonthRun) -> tuple[str, int]:
@@ -293,28 +277,16 @@ def _tell_publish(run: MonthRun) -> tuple[str, int]:
     return f"{rows:,} rows of run {run.id}{' to ' + run.config.dataset + '.scores' if run.config.dataset else ''}", rows
 
 
-def _encoder_folder(run: MonthRun) -> str:
-    return lake.model_folder("encoder", run.encoder)
-
-
-def _ranker_folder(run: MonthRun) -> str:
-    return lake.model_folder("ranker", run.version)
-
-
-def _of(stage: str) -> Callable[[MonthRun], str]:
-    return lambda run: run.stage(stage)
-
-
 STAGES = (
-    Stage("ingest", _complete(_of("rows")), _ingest, _tell_ingest),
-    Stage("creatives", _complete(_of("creatives")), _creatives, _tell_creatives),
+    Stage("ingest", _complete("rows"), _ingest, _tell_ingest),
+    Stage("creatives", _complete("creatives"), _creatives, _tell_creatives),
     Stage("realised", _realised_is_complete, _realised, _tell_realised),
-    Stage("encoder", _complete(_encoder_folder), _encoder, _tell_model(_encoder_folder)),
+    Stage("encoder", _complete("encoder"), _encoder, functools.partial(_tell_model, "encoder")),
     Stage("embed", _embed_is_complete, _embed, _tell_embed),
     Stage("drift", drift.is_complete, lambda run, _: drift.execute(run), _tell_drift),
-    Stage("train", _complete(_ranker_folder), _train, _tell_model(_ranker_folder)),
-    Stage("evaluate", _complete(_of("evaluation")), _evaluate, _tell_evaluate),
+    Stage("train", _complete("ranker"), _train, functools.partial(_tell_model, "ranker")),
+    Stage("evaluate", _complete("evaluation"), _evaluate, _tell_evaluate),
     Stage("score", _score_is_complete, _score, _tell_score),
-    Stage("lookup", _complete(_of("lookup")), _lookup, _tell_lookup),
+    Stage("lookup", _complete("lookup"), _lookup, _tell_lookup),
     Stage("publish", publish.is_published, lambda run, _: publish.publish(run), _tell_publish),
 )

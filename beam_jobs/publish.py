@@ -73,7 +73,7 @@ def rollback(config: Config, month: str, to: str | None, keep_model: bool) -> Mo
         there = f"its only one is {noted[-1].run}, published {noted[-1].published[:16]}" if noted else "none of it was published"
         raise StageError(f"month {month} has no earlier run to go back to: {there}; `adstocrat runs --lake {storage.uri}` lists all runs")
     run = _with_dataset(kept(config, month, to or earlier[-1]), config)
-    if missing := [stage for stage in _STAGES if lake.read_manifest(storage, run.stage(stage)) is None]:
+    if missing := [stage for stage in _STAGES if run.left(stage) is None]:
         raise StageError(f"run {run.id!r} of {month} is not whole: it has no {', '.join(missing)}; expected one that was published")
     _make_current(run, back=True, keep_model=keep_model)
     return run
@@ -84,7 +84,7 @@ def _make_current(run: MonthRun, back: bool = False, keep_model: bool = False) -
     counts = ledger.take(run)["counts"]
     evaluation, scores = run.manifest(run.stage("evaluation")), run.manifest(run.stage("scores"))
     current = Current(run.month, run.id)
-    if moved := run.storage.read_json(f"{run.folder}/shift.json"):
+    if moved := run.document("shift"):
         log.info("  publish: %s", moved["sentence"])
     if back:
         _move(run, lake.CURRENT, current)
@@ -100,7 +100,7 @@ def _make_current(run: MonthRun, back: bool = False, keep_model: bool = False) -
             "promoted": evaluation.info["promoted"],
             "why": evaluation.info["why"],
         }
-        realised = lake.read_manifest(run.storage, run.stage("realised"))
+        realised = run.left("realised")
         judged = [*evaluation.files, *(realised.files if realised else [])]
         let_through = back or any(note.run == run.id for note in lake.publications(run.storage, run.month))
         unaudited = _CHANGES if let_through else _CHANGES[:1] if run.config.accept_shift else ()

@@ -167,7 +167,7 @@ def decide(parts: Sequence[Part], run: MonthRun, month: str, id: str) -> Manifes
     written = write_parquet(run.storage, run.stage(FOLDER), "quality", [rows] if len(rows) else [])
     manifest = lake.commit(run.storage, run.stage(FOLDER), Manifest(FOLDER, (written,), {"month": month, "run": id}))
     # Last, since it is what makes the stage complete.
-    run.storage.write_json(_file(run), document)
+    run.storage.write_json(f"{run.folder}/realised.json", document)
     return manifest
 
 
@@ -238,7 +238,7 @@ def execute(run: MonthRun, launch: Callable[..., None]) -> None:
     else:
         document = {"month": month or None, "run": id or None, **ruled(Part(0, Evaluation((MODEL,), {}), {}), 1, 1, 1)}
         why = "the month has no outcomes" if made else "no run of last month can be judged"
-        run.storage.write_json(_file(run), {**document, "verdict": why})
+        run.storage.write_json(f"{run.folder}/realised.json", {**document, "verdict": why})
     check(run)
 
 
@@ -248,26 +248,18 @@ def check(run: MonthRun) -> None:
     Raises:
         AlarmError: by how much.
     """
-    if (told := read(run)) and told["action"] == STOP:
+    if (told := run.document("realised")) and told["action"] == STOP:
         raise AlarmError(
             f"{run.month} is stopped before anything is trained: of {told['month']}, run {told['run']}, {told['verdict']}; "
             f"monitor_abort is {run.config.monitor_abort}"
         )
 
 
-def read(run: MonthRun) -> dict[str, Any] | None:
-    return run.storage.read_json(_file(run))
-
-
 def trained_as(run: MonthRun) -> MonthRun:
     """The run as it is to be trained: from scratch, where last month's outcomes say so."""
-    if (told := read(run)) and told["action"] == SCRATCH:
+    if (told := run.document("realised")) and told["action"] == SCRATCH:
         return dataclasses.replace(run, config=dataclasses.replace(run.config, train_mode="scratch"))
     return run
-
-
-def _file(run: MonthRun) -> str:
-    return f"{run.folder}/realised.json"
 
 
 def _positions(batch: pa.RecordBatch, contract: Contract) -> np.ndarray:

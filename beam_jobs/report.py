@@ -106,7 +106,7 @@ def verdict(run: MonthRun) -> tuple[str, str]:
     """The status of a run, and that in one sentence."""
     noted = lake.publications(run.storage, run.month)
     ours = [note for note in noted if note.run == run.id]
-    stop = run.storage.read_json(f"{run.folder}/stopped.json")
+    stop = run.document("stopped")
     # A stage that was run alone since may have published it.
     if stop and not (ours and ours[-1].published > stop["at"]):
         again = f"; {noted[-1].run} stays the month's run" if noted and noted[-1].run != run.id else ""

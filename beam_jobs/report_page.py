@@ -1,6 +1,5 @@
 """What the page of a run, and that of all runs, are made of: plain values, tables and charts, told from what the stages left."""
 
-import dataclasses
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,36 +25,25 @@ from schemas.parquet import read_columns
 from schemas.storage import Storage
 
 
-@dataclasses.dataclass(frozen=True)
 class _Left:
     """What a run's stages left, read once; None where a stage is not complete."""
 
-    run: MonthRun
-    inputs: dict[str, Any]
-    rows: Manifest | None
-    packs: Manifest | None
-    images: Manifest | None
-    evaluation: Manifest | None
-    scores: Manifest | None
-    lookup: Manifest | None
-
-    @classmethod
-    def of(cls, run: MonthRun) -> "_Left":
-        stages = ("rows", "creatives/packs", "creatives", "evaluation", "scores", "lookup")
-        folders = (run.stage("creatives") + "/packs" if stage.endswith("/packs") else run.stage(stage) for stage in stages)
-        return cls(run, run.inputs, *(lake.read_manifest(run.storage, folder) for folder in folders))
+    def __init__(self, run: MonthRun):
+        self.run, self.inputs = run, run.inputs
+        self.rows, self.packs, self.images = run.left("rows"), run.left("creatives", "packs"), run.left("creatives")
+        self.evaluation, self.scores, self.lookup = run.left("evaluation"), run.left("scores"), run.left("lookup")
 
 
 def collect(run: MonthRun, status: str, verdict: str) -> dict[str, Any]:
     """All that the template of a run's page shows; a section is None where its stage has left nothing."""
-    left, before = _Left.of(run), _before(run)
+    left, before = _Left(run), _before(run)
     scored, moved = report_scores.read(run, before) or (None, None)
     galleries = report_scores.galleries(scored.creatives) if scored else {}
     faults, moves = _faults(left, scored), sections.moved(moved, before) if moved and before else None
     tables = [*(moves["tables"] if moves else []), *([faults["examples"]] if faults else [])]
     wanted = {cell.creative for table in tables for row in table.rows for cell in row if cell.creative}
     wanted |= {row["creative"] for rows in galleries.values() for row in rows}
-    drift, realised, shift = (run.storage.read_json(f"{run.folder}/{name}.json") for name in ("drift", "realised", "shift"))
+    drift, realised, shift = map(run.document, ("drift", "realised", "shift"))
     alarms = headlines(run.storage, run.month, run.id)
     return {
         "summary": Summary(run.month, run.id, status, verdict, alarms, _numbers(left, scored, before, realised)),
@@ -181,7 +169,7 @@ def _stages(left: _Left) -> dict | None:
     made = {kind: lake.read_manifest(run.storage, lake.model_folder(kind, run.version)) for kind in ("encoder", "ranker")}
     trained = {kind: manifest.info["training"]["rows"] if manifest else None for kind, manifest in made.items()}
     encoder = left.scores.info["encoder"] if left.scores else run.encoder
-    embedded = lake.read_manifest(run.storage, lake.embeddings_folder(encoder, run.month, run.id) + "/packs")
+    embedded = run.left(f"embeddings/{encoder}", "packs")
     units = {
         "ingest": _count(left.rows, "read"),
         "creatives-packs": _count(left.packs, "fetched"),

@@ -94,7 +94,7 @@ def grouping(contract: Contract) -> list[str]:
 
 def read(run: MonthRun, before: Month | None = None, missing_images: bool = True) -> tuple[Month, Moved | None] | None:
     """A run's scores, against those of the month before; None where they are not there, whole."""
-    scores, rows = (lake.read_manifest(run.storage, run.stage(stage)) for stage in ("scores", "rows"))
+    scores, rows = run.left("scores"), run.left("rows")
     if not scores or not scores.rows:
         return None
     columns, image = grouping(run.contract), run.contract.image if missing_images else None

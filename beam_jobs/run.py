@@ -99,7 +99,7 @@ class MonthRun:
     @property
     def inputs(self) -> dict[str, Any]:
         """What goes into it, as the lake has it: a job carries the run in each of its steps, and there may be many files."""
-        return self.storage.read_json(f"{self.folder}/inputs.json")
+        return self.document("inputs")
 
     @property
     def ads(self) -> tuple[Entry, ...]:
@@ -131,8 +131,19 @@ class MonthRun:
         """Where this launch spills what it brings together; two launches of one run never touch each other's."""
         return f"spill/{self.launch}"
 
-    def stage(self, stage: str) -> str:
-        return lake.stage_folder(stage, self.month, self.id)
+    def stage(self, stage: str, *below: str) -> str:
+        """Where a stage of the run keeps its files; `encoder` and `ranker` are the models that it makes, or the encoder that it takes."""
+        versions = {"encoder": self.encoder, "ranker": self.version}
+        folder = lake.model_folder(stage, versions[stage]) if stage in versions else lake.stage_folder(stage, self.month, self.id)
+        return "/".join((folder, *below))
+
+    def left(self, stage: str, *below: str) -> Manifest | None:
+        """The manifest of a stage of the run; None while it is not complete."""
+        return lake.read_manifest(self.storage, self.stage(stage, *below))
+
+    def document(self, name: str) -> Any:
+        """What a stage wrote down beside its files, such as the `ledger`: JSON in the run's folder; None where it has not yet."""
+        return self.storage.read_json(f"{self.folder}/{name}.json")
 
     def manifest(self, folder: str) -> Manifest:
         """A manifest that an earlier stage must have left.
@@ -158,7 +169,7 @@ class MonthRun:
 def prepare(config: Config, month: str, contract: Contract | None = None) -> MonthRun:
     """Look at the month and settle its run; the run's `inputs.json` is created now unless it is there already. Raises as `derive`."""
     run, inputs, images = derive(config, month, contract)
-    if run.storage.read_json(f"{run.folder}/inputs.json") is None:
+    if run.document("inputs") is None:
         batches = images.to_batches(BATCH_ROWS) or [pa.RecordBatch.from_pylist([], LISTING)]
         written = write_parquet(run.storage, run.folder, "images", batches)
         run.storage.create(f"{run.folder}/contract.pbtxt", contracts.dumps(run.contract).encode())

@@ -119,7 +119,7 @@ def _due(config: Config, storage: Storage, noted: Publication) -> list[str]:
         return [f"whether {noted.month} changed since cannot be told: {error}"]
     if run.id == noted.run:
         return []
-    if lake.read_manifest(storage, run.stage("lookup")):
+    if run.left("lookup"):
         return [f"{noted.month} has the run {run.id} too; `adstocrat publish {noted.month}`, with that run's flags, makes it current"]
     before = storage.read_json(f"{lake.run_folder(noted.month, noted.run)}/inputs.json") or {}
     # As JSON has them.
