@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from beam_jobs import ledger, plots, report_scores
+from beam_jobs import ledger, plots, report_scores, statistics
 from beam_jobs import report_sections as sections
 from beam_jobs.drift import headlines
 from beam_jobs.join import INDEX
@@ -56,7 +56,7 @@ def collect(run: MonthRun, status: str, verdict: str) -> dict[str, Any]:
         "evidence": sections.evidence(scored) if scored else None,
         "low_evidence": LOW_EVIDENCE,
         "faults": faults,
-        "drift": sections.drift(drift, *_statistics(run, drift["previous"])) if drift else None,
+        "drift": sections.drift(drift, *_known(run, drift["previous"])) if drift else None,
         "realised": sections.realised(realised) if realised else None,
         "stages": _stages(left),
         "lineage": _lineage(left),
@@ -74,11 +74,11 @@ def _before(run: MonthRun) -> Month | None:
     return found and found[0]
 
 
-def _statistics(run: MonthRun, previous: str | None) -> list[dict]:
+def _known(run: MonthRun, previous: str | None) -> list[sections.Known]:
     """What is known of the columns, of the month that was compared with and of this one."""
     last = lake.last_publication(run.storage, previous) if previous else None
-    runs = [(last.month, last.run) if last else ("", ""), (run.month, run.id)]
-    return [sections.statistics(run.storage, run.contract, *which) for which in runs]
+    months = [statistics.of_run(run.storage, last.month, last.run) if last else {}, statistics.of_run(run.storage, run.month, run.id)]
+    return [sections.known_of(sketches, run.contract) for sketches in months]
 
 
 def _count(manifest: Manifest | None, name: str) -> int | None:

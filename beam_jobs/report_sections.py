@@ -6,17 +6,17 @@ from typing import Any
 
 from markupsafe import Markup
 
-from beam_jobs import plots
+from beam_jobs import plots, statistics
 from beam_jobs.report_scores import EDGES, EVIDENCE, Month, Moved
+from beam_jobs.statistics import IMAGES, Sketch, Sketches
 from model.gate import CANDIDATE, CHAMPION
-from schemas import lake
 from schemas.contract import Contract
 from schemas.lake import Manifest
 from schemas.parquet import read_parquet
 from schemas.storage import Storage
 
 # Lines of a chart that can still be read, and of a table that a page can hold.
-_CHART_LINES, TABLE_LINES, _FIRST, _MULTIPLES, _BARS = 24, 200, 20, 12, 5
+_CHART_LINES, TABLE_LINES, _FIRST, _MULTIPLES, _BARS, _QUANTILES = 24, 200, 20, 12, 5, 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,21 +165,19 @@ def evidence(scored: Month) -> Table:
     )
 
 
-def statistics(storage: Storage, contract: Contract, month: str, run: str) -> dict[tuple[str, str | None], Any]:
-    """A run's `FeatureNameStatistics` by column, and those of its images by that column and the property; nothing where there are none."""
-    from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatisticsList
-
-    try:
-        told = DatasetFeatureStatisticsList.FromString(storage.read(f"{lake.stage_folder('statistics', month, run)}/statistics.pb"))
-    except FileNotFoundError:
-        return {}
-    of = {data.name: {each.name: each for each in data.features} for data in told.datasets}
-    images = {(contract.image.name, name): found for name, found in of.get("images", {}).items()} if contract.image else {}
-    return {**{(name, None): found for name, found in of.get("rows", {}).items()}, **images}
+# Sketches by column, and those of images by the image's column and the property.
+Known = Mapping[tuple[str, str | None], Sketch]
 
 
-def panels(compared: Sequence[Mapping[str, Any]], last: Mapping, this: Mapping) -> list[plots.Panel]:
-    """A small chart of each column that was compared, once: from the months' statistics, or else of what the comparison tells."""
+def known_of(sketches: Sketches, contract: Contract) -> Known:
+    known: dict[tuple[str, str | None], Sketch] = {(name, None): sketch for name, sketch in statistics.of_all(sketches).items()}
+    if contract.image:
+        known |= {(contract.image.name, name): sketch for name, sketch in statistics.in_slice(sketches, IMAGES).items()}
+    return known
+
+
+def panels(compared: Sequence[Mapping[str, Any]], last: Known, this: Known) -> list[plots.Panel]:
+    """A small chart of each column that was compared, once: from the months' sketches, or else of what the comparison tells."""
     found: dict[tuple, plots.Panel] = {}
     for row in compared:
         told, alarm = str(row["value"] or row["kind"]), row["alarm"]
@@ -188,12 +186,12 @@ def panels(compared: Sequence[Mapping[str, Any]], last: Mapping, this: Mapping) 
         if key in found or len(found) == _MULTIPLES:
             continue
         both, title = [month[key] for month in (last, this) if key in month], " ".join(filter(None, key))
-        if both and all(each.num_stats.histograms for each in both):
-            # The last histogram is that of quantiles; its ends may be far out.
-            a, b = ([bucket.low_value for bucket in each.num_stats.histograms[-1].buckets][1:] for each in both)
+        if both and all(len(each.ranks) for each in both):
+            # The ends may be far out.
+            a, b = (each.ranks[:: len(each.ranks) // _QUANTILES][1:-1].tolist() for each in both)
             found[key] = plots.Panel(title, [], a, b, alarm)
-        elif both and all(each.string_stats.top_values for each in both):
-            old, new = (_shares(each.string_stats) for each in both)
+        elif both and all(each.counts for each in both):
+            old, new = ({value: count / each.known for value, count in each.counts.items()} for each in both)
             # What was told of stands first.
             labels = sorted({*old, *new}, key=lambda label: (label != told, -max(old.get(label, 0.0), new.get(label, 0.0))))[:_BARS]
             a, b = ([shares.get(label, 0.0) for label in labels] for shares in (old, new))
@@ -203,13 +201,8 @@ def panels(compared: Sequence[Mapping[str, Any]], last: Mapping, this: Mapping) 
     return list(found.values())
 
 
-def _shares(strings: Any) -> dict[str, float]:
-    known = max(strings.common_stats.num_non_missing, 1)
-    return {top.value: top.frequency / known for top in strings.top_values}
-
-
-def drift(drift: Mapping[str, Any], last: Mapping, this: Mapping) -> dict:
-    """What was compared with the month before, alarms first; with both months' statistics where they are there."""
+def drift(drift: Mapping[str, Any], last: Known, this: Known) -> dict:
+    """What was compared with the month before, alarms first; with both months' sketches where they are there."""
     rows = sorted(drift["compared"], key=lambda row: (not row["alarm"], -row["distance"] / (row["threshold"] or 1)))
     cells = [
         [

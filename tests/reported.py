@@ -8,8 +8,8 @@ import pathlib
 
 import numpy as np
 import pyarrow as pa
-from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatisticsList, Histogram
 
+from beam_jobs import statistics
 from beam_jobs.config import Config
 from beam_jobs.creatives import PACK
 from beam_jobs.join import INDEX
@@ -139,16 +139,13 @@ class World:
         realised = {"month": LAST, "run": "r", "matched_share": 0.7, "unmatched": {}, "verdict": verdict, "action": "warn"}
         realised["rows"] = [row, {**row, "segment": "device", "value": HOSTILE}]
         for month, id in ((run.month, run.id), *run.earlier):
-            told = DatasetFeatureStatisticsList()
-            rows = told.datasets.add(name="rows")
-            names, numbers = rows.features.add(name="advertiser").string_stats, rows.features.add(name="c1").num_stats
-            names.common_stats.num_non_missing = 100
-            for value, count in ((HOSTILE, 20 if month == THIS else 2), ("adv1", 30)):
-                names.top_values.add(value=value, frequency=count)
-            quantiles = numbers.histograms.add(type=Histogram.QUANTILES)
-            for i in range(20):
-                quantiles.buckets.add(low_value=i, high_value=i + 1, sample_count=5)
-            self.storage.write(f"statistics/{month}/{id}/statistics.pb", told.SerializeToString())
+            of_hostile = 20 if month == THIS else 2
+            names = [HOSTILE] * of_hostile + ["adv1"] * 30 + [f"adv{i}" for i in range(2, 72 - of_hostile)]
+            sketches = {
+                (statistics.LABELLED, "advertiser", None): statistics.of_column(pa.array(names), categorical=True),
+                (statistics.LABELLED, "c1", None): statistics.of_column(pa.array(np.arange(21.0)), categorical=False),
+            }
+            statistics.write(self.storage, f"statistics/{month}/{id}/{statistics.SKETCHES}", sketches)
         for name, told in (("drift", drift), ("realised", realised)):
             self.storage.write(f"{run.folder}/{name}.json", json.dumps(told).encode())
         return alarm, verdict
