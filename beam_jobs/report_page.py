@@ -37,9 +37,9 @@ class _Left:
 def collect(run: MonthRun, status: str, verdict: str) -> dict[str, Any]:
     """All that the template of a run's page shows; a section is None where its stage has left nothing."""
     left, before = _Left(run), _before(run)
-    scored, moved = report_scores.read(run, before) or (None, None)
+    scored = report_scores.read(run, before)
     galleries = report_scores.galleries(scored.creatives) if scored else {}
-    faults, moves = _faults(left, scored), sections.moved(moved, before) if moved and before else None
+    faults, moves = _faults(left, scored), sections.moved(scored.moved, before) if scored and scored.moved and before else None
     tables = [*(moves["tables"] if moves else []), *([faults["examples"]] if faults else [])]
     wanted = {cell.creative for table in tables for row in table.rows for cell in row if cell.creative}
     wanted |= {row["creative"] for rows in galleries.values() for row in rows}
@@ -68,10 +68,9 @@ def _before(run: MonthRun) -> Month | None:
     """The scores that the month before was last published with; None where there are none, or they were removed."""
     last = lake.last_publication(run.storage, lake.month_after(run.month, -1))
     try:
-        found = report_scores.read(kept(run.config, last.month, last.run), missing_images=False) if last else None
+        return report_scores.read(kept(run.config, last.month, last.run), missing_images=False) if last else None
     except StageError:
         return None
-    return found and found[0]
 
 
 def _known(run: MonthRun, previous: str | None) -> list[sections.Known]:

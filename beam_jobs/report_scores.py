@@ -52,6 +52,7 @@ class Month:
         missing: some images that rows name and that are not there, with a row's key.
         hashes, probabilities: of the keys that are held, sorted by hash.
         step: one key in so many is held.
+        moved: who moved since the month before; None without one.
     """
 
     month: str
@@ -65,6 +66,7 @@ class Month:
     hashes: np.ndarray
     probabilities: np.ndarray
     step: int
+    moved: "Moved | None" = None
 
 
 @dataclasses.dataclass
@@ -92,7 +94,7 @@ def grouping(contract: Contract) -> list[str]:
     return (tagged or plain)[:_GROUPS]
 
 
-def read(run: MonthRun, before: Month | None = None, missing_images: bool = True) -> tuple[Month, Moved | None] | None:
+def read(run: MonthRun, before: Month | None = None, missing_images: bool = True) -> Month | None:
     """A run's scores, against those of the month before; None where they are not there, whole."""
     scores, rows = run.left("scores"), run.left("rows")
     if not scores or not scores.rows:
@@ -150,13 +152,13 @@ def read(run: MonthRun, before: Month | None = None, missing_images: bool = True
         step,
     )
     if not before:
-        return found, None
+        return found
     all_moved = pa.concat_tables(moved)
     difference = pc.subtract(all_moved["p_click"], all_moved["before"])
     order = pc.sort_indices(difference)
     some = min(_MOVERS, len(order) // 2)
     gone = int((before.hashes % np.uint64(step) == 0).sum()) - both
-    moves = Moved(
+    found.moved = Moved(
         all_moved.take(order[len(order) - some :][::-1]).to_pylist(),
         all_moved.take(order[:some]).to_pylist(),
         both,
@@ -164,7 +166,7 @@ def read(run: MonthRun, before: Month | None = None, missing_images: bool = True
         gone,
         {name: _moved_groups(found.groups[name], before.groups[name]) for name in columns if {name} <= found.groups.keys() & before.groups},
     )
-    return found, moves
+    return found
 
 
 def _batches(storage: Storage, scores: Manifest, rows: Manifest | None, columns: Sequence[str]) -> Iterator[tuple]:

@@ -153,10 +153,10 @@ def test_the_numbers_are_what_plain_code_computes(world: World, runs: tuple[Mont
     last, this = world.columns(LAST), world.columns(THIS)
     before = report_scores.read(runs[0])
     assert before
-    found = report_scores.read(runs[1], before[0])
-    assert found
-    month, moved = found
-    assert moved and (month.rows, moved.both, moved.new, moved.gone) == (ROWS, ROWS * 9 // 10, ROWS // 10, ROWS // 10)
+    month = report_scores.read(runs[1], before)
+    assert month and month.moved
+    moved = month.moved
+    assert (month.rows, moved.both, moved.new, moved.gone) == (ROWS, ROWS * 9 // 10, ROWS // 10, ROWS // 10)
     assert month.mean == pytest.approx(this["p"].mean()) and month.histogram.sum() == ROWS
     was = dict(zip(last["number"], last["p"], strict=True))
     changes = sorted((p - was[n], n, p) for n, p in zip(this["number"], this["p"], strict=True) if n in was)
@@ -185,11 +185,11 @@ def test_of_a_large_month_a_share_of_the_keys_is_compared(
 ) -> None:
     monkeypatch.setattr(report_scores, "_KEYS_HELD", ROWS // 4)
     before = report_scores.read(runs[0])
-    assert before and before[0].step == 4 and ROWS / 8 < len(before[0].hashes) < ROWS / 2
-    found = report_scores.read(runs[1], before[0])
-    assert found and found[1]
-    assert found[1].both + found[1].gone == len(before[0].hashes) and found[1].both > 5 * found[1].new
-    assert found[0].histogram.sum() == ROWS
+    assert before and before.step == 4 and ROWS / 8 < len(before.hashes) < ROWS / 2
+    found = report_scores.read(runs[1], before)
+    assert found and found.moved
+    assert found.moved.both + found.moved.gone == len(before.hashes) and found.moved.both > 5 * found.moved.new
+    assert found.histogram.sum() == ROWS
 
 
 def test_without_a_month_before_it_says_so(world: World, runs: tuple[MonthRun, MonthRun]) -> None:
