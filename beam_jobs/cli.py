@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import pathlib
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from beam_jobs import PACKAGES, terminal
@@ -13,7 +13,7 @@ from beam_jobs.config import Config, ConfigError, load, suggestion
 from beam_jobs.flags import Parser, add_setting, add_settings
 from schemas.lake import check_month, months_between
 from schemas.storage import open_storage
-from serving.__main__ import add_flags
+from serving.__main__ import add_flags, serve
 
 _EPILOG = """\
 a first month on this machine:
@@ -27,6 +27,15 @@ one's own data: put CSV files in LAKE/raw/2026-10/ads/ and images in LAKE/raw/20
 
 `adstocrat COMMAND --help` tells more of each."""
 _STAGES = ("ingest", "creatives", "realised", "encoder", "embed", "drift", "train", "evaluate", "score", "lookup", "publish")
+# What one column of a contract may be, beside keys and segments.
+_ROLES = {
+    "image": "name of the ad's image in the month's images folder",
+    "clicked": "0 or 1, the outcome of one impression",
+    "clicks": "clicks of the ad, with --impressions",
+    "impressions": "impressions of the ad, with --clicks",
+    "position": "where the ad was shown, 1 being the reference",
+}
+_CSV = ("csv_newlines_in_values", "csv_encoding")
 # The settings that matter to commands which look at what is there.
 _WHERE = ("lake", "dataset", "bigquery_location", "max_bytes_billed")
 
@@ -89,97 +98,80 @@ def _parser() -> tuple[Parser, Any]:
     parser = Parser(prog="adstocrat", description="Monthly click probabilities for an inventory of ads.", epilog=_EPILOG)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
-    sample = commands.add_parser("sample-data", help="lay out sample months with a known truth")
+    def command(name: str, run: Callable[[argparse.Namespace, list[str]], int | None], help: str, **options: Any) -> Parser:
+        made: Parser = commands.add_parser(name, help=help, **options)
+        made.set_defaults(run=run)
+        return made
+
+    sample = command("sample-data", _sample_data, "lay out sample months with a known truth")
     sample.add_argument("lake", help="gs://bucket[/prefix] or a folder")
     sample.add_argument("--months", required=True, metavar="FIRST:LAST", help="such as 2026-08:2026-10")
     sample.add_argument("--ads", type=int, default=20_000, help="rows a month (default: %(default)s)")
     sample.add_argument("--creatives", type=int, default=2_000, help="images a month (default: %(default)s)")
     sample.add_argument("--seed", type=int, default=0, help="other seeds are other worlds (default: %(default)s)")
-    sample.set_defaults(run=_sample_data)
 
-    infer = commands.add_parser("infer-contract", help="draft a contract from CSV files")
+    infer = command("infer-contract", _infer_contract, "draft a contract from CSV files")
     infer.add_argument("files", nargs="+", metavar="FILE")
     infer.add_argument("--key", action="append", required=True, metavar="COLUMN", help="names an ad; more than one may be given")
-    for tag, text in (
-        ("image", "name of the ad's image in the month's images folder"),
-        ("clicked", "0 or 1, the outcome of one impression"),
-        ("clicks", "clicks of the ad, with --impressions"),
-        ("impressions", "impressions of the ad, with --clicks"),
-        ("position", "where the ad was shown, 1 being the reference"),
-    ):
+    for tag, text in _ROLES.items():
         infer.add_argument(f"--{tag}", metavar="COLUMN", help=text)
     infer.add_argument("--segment", action="append", metavar="COLUMN", help="sliced by in reports; more than one may be given")
-    for name in ("csv_newlines_in_values", "csv_encoding"):
+    for name in _CSV:
         add_setting(infer, name)
     infer.add_argument("--out", required=True, metavar="FILE", help="where the contract is written")
-    infer.set_defaults(run=_infer_contract)
 
     behind = "Beam's own flags, the runner too, follow --."
-    month = commands.add_parser("month", help="run a month, all stages in order", epilog=behind)
-    _add_run_flags(month, _month)
+    month = command("month", _month, "run a month, all stages in order", epilog=behind)
+    stages = [command(stage, _stage, f"run the stage {stage} of a month alone", epilog=behind) for stage in _STAGES]
+    rollback = command("rollback", _rollback, "make an earlier run of a month current again")
+    for of_a_month in (month, *stages, rollback):
+        of_a_month.add_argument("month", metavar="YYYY-MM")
+        add_settings(of_a_month, _WHERE if of_a_month is rollback else ())
     month.add_argument("--plan", action="store_true", help="tell what it will take and cost, and run nothing")
-    for stage in _STAGES:
-        _add_run_flags(commands.add_parser(stage, help=f"run the stage {stage} of a month alone", epilog=behind), _stage)
     commands.choices["evaluate"].add_argument(
         "--write-tfma", metavar="DIR", help="write the results in the format of TensorFlow Model Analysis too; needs the extra `tfma`"
     )
-
-    rollback = commands.add_parser("rollback", help="make an earlier run of a month current again")
-    _add_run_flags(rollback, _rollback, _WHERE)
     rollback.add_argument("--to", metavar="RUN", help="default: the last one published that is not current")
     rollback.add_argument("--keep-model", action="store_true", help="leave the champion, which the next month builds on")
-    status = commands.add_parser("status", help="what BigQuery, the pointers and servers say is published; 3 where they differ")
-    add_settings(status, _status, _WHERE)
+    status = command("status", _status, "what BigQuery, the pointers and servers say is published; 3 where they differ")
+    add_settings(status, _WHERE)
     status.add_argument(
         "--url", nargs="+", default=[], help="servers to ask, such as http://localhost:8080; ADSTOCRAT_TOKEN is sent if set"
     )
 
-    report = commands.add_parser("report", help="make the page of a run again, and the one of all runs")
+    report = command("report", _report, "make the page of a run again, and the one of all runs")
     report.add_argument("id", metavar="RUN")
     report.add_argument("--open", action="store_true", help="show it in a browser")
-    add_settings(report, _report, _WHERE)
-    runs = commands.add_parser("runs", help="list the runs of a lake")
-    runs.set_defaults(run=_runs)
-    show = commands.add_parser("show", help="a run's inputs, verdict and ledger, as JSON")
+    add_settings(report, _WHERE)
+    runs = command("runs", _runs, "list the runs of a lake")
+    show = command("show", _show, "a run's inputs, verdict and ledger, as JSON")
     show.add_argument("id", metavar="RUN")
-    show.set_defaults(run=_show)
-    gc = commands.add_parser("gc", help="remove what no kept run and no pointer needs")
+    gc = command("gc", _gc, "remove what no kept run and no pointer needs")
     gc.add_argument("--keep", type=int, required=True, metavar="N", help="newest runs of each month to keep, with all that they build on")
     gc.add_argument("--dry-run", action="store_true", help="list what would be removed, and remove nothing")
-    gc.set_defaults(run=_gc)
-    models = commands.add_parser("models", help="list the models of a lake, and what the gate said of them")
-    models.set_defaults(run=_models)
-    promote = commands.add_parser("promote", help="make a kept ranker the champion, so that the next run builds on it")
+    models = command("models", _models, "list the models of a lake, and what the gate said of them")
+    promote = command("promote", _promote, "make a kept ranker the champion, so that the next run builds on it")
     promote.add_argument("version", metavar="VERSION")
-    promote.set_defaults(run=_promote)
-    compare = commands.add_parser("compare", help="two kept rankers on the same gate rows of the newest labelled month")
+    compare = command("compare", _compare, "two kept rankers on the same gate rows of the newest labelled month")
     compare.add_argument("versions", nargs=2, metavar="VERSION")
-    compare.set_defaults(run=_compare)
     for of_a_lake in (runs, show, gc, models, promote, compare):
         of_a_lake.add_argument("--lake", required=True, help="gs://bucket[/prefix] or a folder")
     for reporting in (month, status, report, runs, show, gc, models, compare):
         reporting.add_argument("--json", action="store_true", help="tell it as JSON, and progress on standard error")
 
-    cloud = commands.add_parser(
+    cloud = command(
         "local-cloud",
-        help="emulators of Cloud Storage and BigQuery",
+        _local_cloud,
+        "emulators of Cloud Storage and BigQuery",
         description="Emulators of Cloud Storage, with the bucket gs://adstocrat, and of BigQuery. `start` and `status` print the way "
         'there: eval "$(adstocrat local-cloud start --state build/cloud)". Behind -- they last for one command.',
         usage="%(prog)s [start|stop|status] --state DIR [-- COMMAND…]",
     )
     cloud.add_argument("action", nargs="?", choices=("start", "stop", "status"))
     cloud.add_argument("--state", type=pathlib.Path, required=True, metavar="DIR", help="where objects, tables and logs are kept")
-    cloud.set_defaults(run=_local_cloud)
 
-    serve = commands.add_parser("serve", help="answer scores over HTTP from the current lookup")
-    add_flags(serve)
-    serve.set_defaults(run=_serve)
+    add_flags(command("serve", lambda arguments, _: serve(arguments), "answer scores over HTTP from the current lookup"))
     return parser, commands
-
-
-def _add_run_flags(parser: argparse.ArgumentParser, run: Any, told: Collection[str] = ()) -> None:
-    parser.add_argument("month", metavar="YYYY-MM")
-    add_settings(parser, run, told)
 
 
 def _config(arguments: argparse.Namespace) -> Config:
@@ -268,10 +260,10 @@ def _infer_contract(arguments: argparse.Namespace, _: list[str]) -> None:
     from schemas import contract, draft
     from schemas.csv_records import Layout
 
-    given = {"csv_newlines_in_values": arguments.csv_newlines_in_values, "csv_encoding": arguments.csv_encoding}
-    config = load(None, {"lake": ".", **given})
+    # No setting but those of CSV files matters, but a lake there must be.
+    config = load(None, {"lake": ".", **{name: getattr(arguments, name) for name in _CSV}})
     layout = Layout(config.csv_newlines_in_values, config.csv_encoding)
-    roles = {tag: [name] for tag in ("image", "clicked", "clicks", "impressions", "position") if (name := getattr(arguments, tag))}
+    roles = {tag: [name] for tag in _ROLES if (name := getattr(arguments, tag))}
     drafted = draft.infer(arguments.files, {"key": arguments.key, "segment": arguments.segment or [], **roles}, layout)
     pathlib.Path(arguments.out).write_text(contract.dumps(drafted))
     print(
@@ -357,12 +349,6 @@ def _local_cloud(arguments: argparse.Namespace, command: list[str]) -> int:
         return 1
     print(local_cloud.export_lines(environment), end="")
     return 0
-
-
-def _serve(arguments: argparse.Namespace, _: list[str]) -> None:
-    from serving.__main__ import serve
-
-    serve(arguments)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         return [name for action in self._actions for name in action.option_strings]
 
 
-def add_settings(parser: argparse.ArgumentParser, run: Any, told: Collection[str] = ()) -> None:
+def add_settings(parser: argparse.ArgumentParser, told: Collection[str] = ()) -> None:
     """A flag for each setting; where only some matter these are `told`, and the others are taken all the same."""
     parser.add_argument(
         "--config", metavar="FILE", help="settings in YAML, one `name: value` a line, at a path or gs://bucket/FILE; flags win"
@@ -36,7 +36,6 @@ def add_settings(parser: argparse.ArgumentParser, run: Any, told: Collection[str
         add_setting(parser, field.name, not told or field.name in told)
     if told:
         parser.epilog = "The settings of `adstocrat month` are taken too, so that one --config serves all commands."
-    parser.set_defaults(run=run)
 
 
 def add_setting(parser: argparse.ArgumentParser, name: str, told: bool = True) -> None:
