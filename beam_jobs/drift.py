@@ -81,14 +81,15 @@ def compare(before: Sketches, now: Sketches, contract: Contract, missing_limit: 
     yield from _clicks(before, now, contract)
     if contract.image:
         name, old, new = contract.image.name, statistics.in_slice(before, IMAGES), statistics.in_slice(now, IMAGES)
-        for value in ("size", "aspect", "brightness") if old and new else ():
-            if old[value].known and new[value].known:
-                compared = _distribution(DRIFT, Column(f"{value} of {name}", "float"), old[value], new[value], _NUMBERS_LIMIT)
-                yield dataclasses.replace(compared, column=name, value=value)
-        faults = [sketches["fault"].counts if sketches else {} for sketches in (old, new)]
-        for fault in sorted({fault for counts in faults for fault in counts} - {"ok"}) if old and new else ():
-            parts = [(counts.get(fault, 0), sketches["fault"].rows) for counts, sketches in zip(faults, (old, new), strict=True)]
-            yield _share(FAULTS, name, fault, parts[0], parts[1], missing_limit, f"of the images are {fault}")
+        if old and new:
+            for value in ("size", "aspect", "brightness"):
+                if old[value].known and new[value].known:
+                    compared = _distribution(DRIFT, Column(f"{value} of {name}", "float"), old[value], new[value], _NUMBERS_LIMIT)
+                    yield dataclasses.replace(compared, column=name, value=value)
+            a, b = old["fault"], new["fault"]
+            for fault in sorted((a.counts.keys() | b.counts.keys()) - {"ok"}):
+                faults = (a.counts.get(fault, 0), a.rows), (b.counts.get(fault, 0), b.rows)
+                yield _share(FAULTS, name, fault, *faults, missing_limit, f"of the images are {fault}")
         yield from _undelivered(before, now, name, missing_limit)
 
 
@@ -154,9 +155,7 @@ def ruled(compared: Sequence[Compared], stops: Sequence[str]) -> dict[str, Any]:
     ordered = sorted(compared, key=lambda found: (not _alarms(found, critical), -found.distance / max(found.threshold, 1e-9)))
     rows = []
     for found in ordered:
-        row = dataclasses.asdict(found)
-        for name in ("z", "told", "tests"):
-            del row[name]
+        row = {name: value for name, value in vars(found).items() if name not in ("z", "told", "tests")}
         what = found.column if found.value is None else f"{found.column} ({found.value})"
         sentence = f"{found.kind} {printable(what)}: {found.told}; distance {found.distance:.3f}, limit {found.threshold:.3f}"
         action = "stop" if {found.kind, found.column} & set(stops) else "warn"

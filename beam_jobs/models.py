@@ -95,19 +95,14 @@ def compare(storage: Storage, one: str, other: str) -> dict[str, Any]:
     for month in reversed(lake.published_months(storage)):
         last = lake.last_publication(storage, month, contract.fingerprint)
         if last and all(lake.read_manifest(storage, lake.embeddings_folder(pair.encoder, month, last.run)) for pair in pairs.values()):
-            earlier = storage.read_json(f"{lake.run_folder(month, last.run)}/inputs.json")["window"]
-            window = tuple((earlier_month, id) for earlier_month, id in earlier)
-            run = MonthRun(storage, contract, Config(lake=storage.uri), month, last.run, window, None, None)
-            evaluation = _evaluate(run, pairs)
+            run = MonthRun(storage, contract, Config(lake=storage.uri), month, last.run, (), None, None)
+            run = dataclasses.replace(run, earlier=tuple((earlier, id) for earlier, id in run.inputs["window"]))
+            units = units_of(run)
+            plan = dataclasses.replace(make_plan([count(unit, run) for unit in units], 1), months=(month,))
+            evaluation = judge(units, run, plan, pairs)
             if evaluation.overall.rows:
                 return {"month": month, "versions": [one, other], "slices": _compared(evaluation, one, other)}
     raise StageError(f"no published month has labelled gate rows and the embeddings of both {one!r} and {other!r}")
-
-
-def _evaluate(run: MonthRun, pairs: dict[str, Champion]) -> Evaluation:
-    units = units_of(run)
-    plan = dataclasses.replace(make_plan([count(unit, run) for unit in units], 1), months=(run.month,))
-    return judge(units, run, plan, pairs)
 
 
 def _compared(evaluation: Evaluation, one: str, other: str) -> list[dict[str, Any]]:

@@ -8,11 +8,11 @@ import urllib.request
 from typing import Any
 
 from beam_jobs import drift
+from beam_jobs.report import PUBLISHED, STOPPED
 from beam_jobs.run import MonthRun, stage_error
 
 log = logging.getLogger("adstocrat")
 
-PUBLISHED, STOPPED = "published", "stopped"
 _SECONDS = 10.0
 
 

@@ -62,6 +62,9 @@ class Part:
     unmatched: Mapping[Segment, tuple[float, float, float]]
 
 
+_NOTHING = Part(0, Evaluation((MODEL,), {}), {})
+
+
 def define_pipeline(root: beam.Pipeline, run: MonthRun, month: str, id: str, segments: frozenset[Segment]) -> None:
     """This month's outcomes and last month's scores, by key → sums of metrics → the verdict."""
     scores = run.manifest(lake.stage_folder("scores", month, id))
@@ -158,7 +161,7 @@ def merge_parts(parts: Iterable[Part]) -> Part:
 
 def decide(parts: Sequence[Part], run: MonthRun, month: str, id: str) -> Manifest:
     """Write the verdict, and the rows of the table `quality`."""
-    part = merge_parts(parts) if parts else Part(0, Evaluation((MODEL,), {}), {})
+    part = merge_parts(parts) if parts else _NOTHING
     document = {"month": month, "run": id, **ruled(part, run.config.monitor_warn, run.config.monitor_scratch, run.config.monitor_abort)}
     of_month, of_judged = (datetime.date.fromisoformat(f"{name}-01") for name in (month, run.month))
     ranker = run.manifest(lake.stage_folder("scores", month, id)).info["ranker"]
@@ -236,7 +239,7 @@ def execute(run: MonthRun, launch: Callable[..., None]) -> None:
         wanted = {key for key, sum_ in clicks.items() if key[0] in columns and sum_ >= gate.MIN_SEGMENT_CLICKS}
         launch(month, id, frozenset(wanted))
     else:
-        document = {"month": month or None, "run": id or None, **ruled(Part(0, Evaluation((MODEL,), {}), {}), 1, 1, 1)}
+        document = {"month": month or None, "run": id or None, **ruled(_NOTHING, 1, 1, 1)}
         why = "the month has no outcomes" if made else "no run of last month can be judged"
         run.storage.write_json(f"{run.folder}/realised.json", {**document, "verdict": why})
     check(run)

@@ -51,12 +51,10 @@ def _some(receipts: Sequence[Receipt]) -> list[Receipt]:
 
 
 def _mean(run: MonthRun, scores: Manifest) -> float:
-    means, rows = [], []
-    for receipt in _some(scores.receipts):
-        batch = next(iter(read_columns(run.storage, receipt.file, ["p_click"])))
-        means.append(float(np.mean(batch["p_click"].to_numpy())))
-        rows.append(receipt.rows)
-    return float(np.average(means, weights=rows)) if rows else 0.0
+    some = _some(scores.receipts)
+    firsts = (next(iter(read_columns(run.storage, receipt.file, ["p_click"]))) for receipt in some)
+    means = [float(np.mean(batch["p_click"].to_numpy())) for batch in firsts]
+    return float(np.average(means, weights=[receipt.rows for receipt in some])) if some else 0.0
 
 
 def _crossed(run: MonthRun, old: Manifest, now: float, new: Manifest) -> float | None:

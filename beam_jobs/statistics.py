@@ -239,7 +239,7 @@ def write(storage: Storage, name: str, sketches: Mapping[Key, Sketch]) -> None:
     rows = [dict(zip(_STATE.names[:3], key, strict=True)) | vars(sketch) for key, sketch in sketches.items()]
     with tempfile.TemporaryDirectory(prefix="adstocrat-") as temporary:
         path = pathlib.Path(temporary) / SKETCHES
-        batch = pa.RecordBatch.from_pylist([{key: row[key] for key in _STATE.names} for row in rows], _STATE)
+        batch = pa.RecordBatch.from_pylist(rows, _STATE)
         with ParquetFile(path, batch) as writer:
             writer.write(batch)
         storage.upload(path, name)

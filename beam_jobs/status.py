@@ -40,7 +40,8 @@ class Said:
 def status(config: Config, urls: Sequence[str]) -> dict[str, Any]:
     """What all `places` say, whether they `agree`, and what is `due`; BigQuery as the config or the last publication names it."""
     storage = open_storage(config.lake)
-    noted = _newest(storage)
+    months = lake.published_months(storage)
+    noted = lake.last_publication(storage, months[-1]) if months else None
     dataset = config.dataset or (noted.dataset if noted else None)
     current, _ = lake.read_pointer(storage, lake.CURRENT, Current)
     champion, _ = lake.read_pointer(storage, lake.CHAMPION, Champion)
@@ -73,12 +74,6 @@ def lines(told: Mapping[str, Any]) -> str:
 
 def _run_of(told: Publication | Current | Champion | None) -> tuple[str, str] | None:
     return (told.month, told.run) if told else None
-
-
-def _newest(storage: Storage) -> Publication | None:
-    """The last publication of the newest month that has one."""
-    months = lake.published_months(storage)
-    return lake.last_publication(storage, months[-1]) if months else None
 
 
 def _bigquery(config: Config, noted: Publication | None) -> Said:
