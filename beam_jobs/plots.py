@@ -82,7 +82,7 @@ def distribution(edges: np.ndarray, series: dict[str, np.ndarray], told: str) ->
     return _svg("distribution", told, 2.8, draw)
 
 
-def intervals(name: str, labels: Sequence[str], values: Sequence[Interval | None], at: float, label: str, told: str) -> Markup:
+def intervals(name: str, labels: Sequence[str], values: Sequence[Interval], at: float, label: str, told: str) -> Markup:
     """Dots with intervals, a line each; `at` is where nothing differs: 1 for ratios, 0 for relative differences, which are shown in %."""
 
     def draw(axes: Axes) -> None:
@@ -184,9 +184,9 @@ def _page_svg(name: str, told: str, inches: float, draw: Callable[[Figure], None
     return Markup(text.replace(text[: text.index(">") + 1], f'<svg role="img" aria-label="{html.escape(told)}" {view[0]}>', 1))
 
 
-def _with_error(values: Sequence[Interval | None]) -> tuple[np.ndarray, np.ndarray]:
+def _with_error(values: Sequence[Interval]) -> tuple[np.ndarray, np.ndarray]:
     """The values, shape (n,), and how far their intervals reach to both sides, shape (2, n); NaN where there is none."""
-    middle, low, high = np.array([value or (None, None, None) for value in values], float).reshape(-1, 3).T
+    middle, low, high = np.array(values, float).reshape(-1, 3).T
     return middle, np.stack([middle - low, high - middle])
 
 

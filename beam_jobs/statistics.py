@@ -134,9 +134,9 @@ def added(sketches: Iterable[Sketch]) -> Sketch:
     return Sketch(**sums)
 
 
-def of_column(values: pa.Array, categorical: bool) -> Sketch:
-    """Sketch one column."""
-    return _by_group(values, _coded(values), np.zeros(len(values), np.int64), 1, categorical)[0]
+def of_column(values: pa.Array, categorical: bool, top: bool = True) -> Sketch:
+    """Sketch one column; `top` is false of names that nearly all differ."""
+    return _by_group(values, _coded(values), np.zeros(len(values), np.int64), 1, categorical, top)[0]
 
 
 # The distinct values, and which of them each row has, from 1; 0 where it has none. Shape (rows,), int64.
@@ -152,8 +152,8 @@ def _coded(values: pa.Array) -> _Coded | None:
     return coded.dictionary, pc.fill_null(coded.indices, -1).to_numpy().astype(np.int64) + 1
 
 
-def _by_group(values: pa.Array, coded: _Coded | None, group: np.ndarray, groups: int, categorical: bool, top: bool = True) -> list[Sketch]:
-    """Sketches of the values of each group of rows, by its number; `top` is false of names that nearly all differ."""
+def _by_group(values: pa.Array, coded: _Coded | None, group: np.ndarray, groups: int, categorical: bool, top: bool) -> list[Sketch]:
+    """Sketches of the values of each group of rows, by its number; `categorical` and `top` as `of_column` has them."""
     rows = np.bincount(group, minlength=groups).tolist()
     if coded is None:
         parts = [values.filter(pa.array(group == number)).drop_null() for number in range(groups)]
@@ -219,11 +219,10 @@ def key_of(contract: Contract) -> str:
 
 def of_images(name: pa.Array, size: pa.Array, aspect: pa.Array, brightness: pa.Array, fault: pa.Array) -> Sketches:
     """Sketch a month's images: bytes, width over height, mean brightness (0 to 1), and what is wrong with them (`ok` where nothing is)."""
-    names = _by_group(name, None, np.zeros(len(name), np.int64), 1, categorical=True, top=False)
     numbers = {"size": size, "aspect": aspect, "brightness": brightness}
     return {
         **{(IMAGES, name, None): of_column(values, categorical=False) for name, values in numbers.items()},
-        (IMAGES, "name", None): names[0],
+        (IMAGES, "name", None): of_column(name, categorical=True, top=False),
         (IMAGES, "fault", None): of_column(fault, categorical=True),
     }
 
