@@ -185,7 +185,7 @@ def execute(run: MonthRun) -> None:
     if window:
         found += skew([*(statistics.of_run(run.storage, *pair) for pair in window.items()), now], now, run.contract)
     document = {"previous": month or None, **ruled(found, run.config.monitor_stop)}
-    run.storage.write_json(_file(run.month, run.id), document)
+    run.storage.write_json(f"{run.folder}/drift.json", document)
     check(run)
 
 
@@ -211,10 +211,9 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
-def headlines(storage: Storage, month: str, id: str) -> list[str]:
+def headlines(run: MonthRun) -> list[str]:
     """What a person must see first of a run: its alarms, the worst first, and what outcomes say of last month's run if that is not well."""
-    drifted = storage.read_json(_file(month, id)) or {"alarms": []}
-    realised = storage.read_json(f"{lake.run_folder(month, id)}/realised.json") or {"action": "ok"}
+    drifted, realised = run.document("drift") or {"alarms": []}, run.document("realised") or {"action": "ok"}
     return [*drifted["alarms"], *([f"realised {realised['action']}: {realised['verdict']}"] if realised["action"] != "ok" else [])]
 
 
@@ -242,10 +241,6 @@ def _meanings(contract: Contract) -> dict[str, Any]:
     """Of each column that is sketched, what has to be the same for months to be compared."""
     columns = {column.name: (column.kind, column.tags) for column in contract.columns}
     return {**columns, statistics.key_of(contract): [column.name for column in contract.key]}
-
-
-def _file(month: str, id: str) -> str:
-    return f"{lake.run_folder(month, id)}/drift.json"
 
 
 def _alarms(found: Compared, critical: float) -> bool:
@@ -376,8 +371,8 @@ def _usual(storage: Storage, month: str) -> Usual:
     """As the runs that were last published of the months before have it."""
     months = [lake.month_after(month, -back) for back in range(1, _TRAILING + 1)]
     published = [last for earlier in months if (last := lake.last_publication(storage, earlier))]
-    documents = [storage.read_json(_file(last.month, last.run)) or {"compared": []} for last in published]
-    rows = [row for document in documents for row in document["compared"]]
+    documents = [storage.read_json(f"{lake.run_folder(last.month, last.run)}/drift.json") for last in published]
+    rows = [row for document in documents if document for row in document["compared"]]
     return lambda kind, column, value: [
         row["distance"] for row in rows if (row["kind"], row["column"]) == (kind, column) and value in (None, row["value"])
     ]

@@ -27,7 +27,7 @@ def payload(run: MonthRun, error: BaseException | None) -> dict[str, Any]:
         "lake": run.storage.uri,
         "status": status,
         "why": str(known or error) if error else None,
-        "alarms": drift.headlines(run.storage, run.month, run.id),
+        "alarms": drift.headlines(run),
     }
 
 

@@ -44,7 +44,7 @@ def collect(run: MonthRun, status: str, verdict: str) -> dict[str, Any]:
     wanted = {cell.creative for table in tables for row in table.rows for cell in row if cell.creative}
     wanted |= {row["creative"] for rows in galleries.values() for row in rows}
     drift, realised, shift = map(run.document, ("drift", "realised", "shift"))
-    alarms = headlines(run.storage, run.month, run.id)
+    alarms = headlines(run)
     return {
         "summary": Summary(run.month, run.id, status, verdict, alarms, _numbers(left, scored, before, realised)),
         "flow": _flow(left),

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import os
 import pathlib
 from collections.abc import Callable
@@ -15,7 +14,9 @@ import pytest
 from PIL import Image
 
 from beam_jobs import drift, statistics
+from beam_jobs.config import Config
 from beam_jobs.drift import CHURN, DRIFT, FAULTS, MISSING
+from beam_jobs.run import MonthRun
 from beam_jobs.statistics import IMAGES, Sketches
 from model import images
 from schemas import contract as contracts
@@ -177,9 +178,9 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
 
 
 def first_lines(tmp_path: pathlib.Path, document: dict) -> list[str]:
-    storage = Folder(str(tmp_path))
-    storage.write(f"{lake.run_folder(NOW, 'r')}/drift.json", json.dumps({"previous": LAST, **document}).encode())
-    return drift.headlines(storage, NOW, "r")
+    run = MonthRun(Folder(str(tmp_path)), CONTRACT, Config(lake=str(tmp_path)), NOW, "r", (), None, None)
+    run.storage.write_json(f"{run.folder}/drift.json", {"previous": LAST, **document})
+    return drift.headlines(run)
 
 
 def test_an_undisturbed_month_is_quiet(sample: Sample, tmp_path: pathlib.Path) -> None:
