@@ -13,7 +13,7 @@ from beam_jobs.drift import headlines
 from beam_jobs.join import INDEX
 from beam_jobs.report import PUBLISHED, REPLACED, STOPPED, UNFINISHED, Number, Summary, read
 from beam_jobs.report_scores import EXAMPLES, LOW_EVIDENCE, Month
-from beam_jobs.report_sections import TABLE_LINES, Cell, Chart, Table, number
+from beam_jobs.report_sections import TABLE_LINES, Cell, Chart, Table, number, table
 from beam_jobs.run import MonthRun, StageError, kept
 from beam_jobs.runs import all_runs
 from model.evaluation import OVERALL
@@ -140,14 +140,10 @@ def _faults(left: _Left, scored: Month | None) -> dict | None:
         return None
     images, ads = left.images.counts("status:"), left.scores.counts("image_status:") if left.scores else {}
     counts = [
-        [
-            Cell(status, alarm=status not in (*USABLE, "no_image")),
-            number(images.get(status, 0)),
-            number(ads.get(status) if left.scores else None),
-        ]
+        [Cell(status, alarm=status not in (*USABLE, "no_image")), images.get(status, 0), ads.get(status) if left.scores else None]
         for status in sorted({*images, *ads}, key=lambda status: (status != OK, -ads.get(status, 0)))
     ]
-    examples, shown = [], Counter[str]()
+    examples, shown = list[list[Cell | str]](), Counter[str]()
     for batch in (batch for file in left.images.files for batch in read_columns(left.run.storage, file, INDEX.names)):
         for row in batch.filter(pc.not_equal(batch["image_status"], OK)).to_pylist():
             shown[row["image_status"]] += 1
@@ -155,9 +151,9 @@ def _faults(left: _Left, scored: Month | None) -> dict | None:
                 fault = Cell(row["image_status"], alarm=row["image_status"] not in USABLE)
                 examples.append([Cell(row["image"], creative=row["creative"]), fault])
     for image, key in scored.missing.items() if scored else ():
-        examples.append([Cell(f"{image}, of the ad {key}"), Cell(MISSING, alarm=True)])
+        examples.append([f"{image}, of the ad {key}", Cell(MISSING, alarm=True)])
     columns = ("image_status", "images", "ads")
-    return {"counts": Table("Images and ads by status", columns, counts), "examples": Table("Examples", ("image", "fault"), examples)}
+    return {"counts": table("Images and ads by status", columns, counts), "examples": table("Examples", ("image", "fault"), examples)}
 
 
 def _stages(left: _Left) -> dict | None:
@@ -192,15 +188,16 @@ def _stages(left: _Left) -> dict | None:
             price = Work(step, 0, "", vcpu, gpu).cost(run.config)
         seconds, cost = seconds + values["seconds"], cost + (price or 0)
         count, took = units.get(step), max(values["seconds"], 0.05)
-        cells = (number(values["seconds"], ",.1f"), number(count), number(count / took if count is not None else None))
-        lines.append([Cell(step), *cells, number(vcpu or None, ",.2f"), number(gpu or None, ",.2f"), number(price, ",.2f")])
+        hours = [number(some or None, ",.2f") for some in (vcpu, gpu)]
+        rate = count / took if count is not None else None
+        lines.append([step, number(values["seconds"], ",.1f"), count, rate, *hours, number(price, ",.2f")])
     columns = ("step", "seconds", "units", "units a second", "vCPU hours", "GPU hours", "cost")
     told = f"{seconds:,.0f} s in all, all attempts together. " + (
         f"{cost:,.2f} at the prices of the config, without requests, storage and BigQuery."
         if cost
         else "The runner told of no hours of machines, so there is no cost to tell."
     )
-    return {"table": Table("Steps", columns, lines), "told": told}
+    return {"table": table("Steps", columns, lines), "told": told}
 
 
 def _lineage(left: _Left) -> list[Table]:
@@ -215,20 +212,19 @@ def _lineage(left: _Left) -> list[Table]:
         if made := lake.read_manifest(run.storage, lake.model_folder(kind, version)):
             mode = made.info.get("training", {}).get("mode", "")
             lines.append((f"{kind} that scored", made.info.get("digest", ""), f"{version}, {mode}"))
-    settings = [[Cell(name), Cell(json.dumps(value))] for name, value in sorted(inputs["settings"].items())]
-    files = [[Cell(name), number(size), Cell(crc32c)] for name, size, crc32c in inputs["ads"][:TABLE_LINES]]
+    settings = [[name, json.dumps(value)] for name, value in sorted(inputs["settings"].items())]
     of_files = f"Files, {len(inputs['ads']):,}" + (f", of them the first {TABLE_LINES}" if len(inputs["ads"]) > TABLE_LINES else "")
     return [
-        Table("What went into the run", ("what", "digest or version", "more"), [[Cell(text) for text in line] for line in lines]),
-        Table("Settings that affect the model", ("setting", "value"), settings),
-        Table(of_files, ("file", "bytes", "crc32c"), files),
+        table("What went into the run", ("what", "digest or version", "more"), lines),
+        table("Settings that affect the model", ("setting", "value"), settings),
+        table(of_files, ("file", "bytes", "crc32c"), inputs["ads"][:TABLE_LINES]),
     ]
 
 
 def index(storage: Storage) -> dict:
     """All runs, the newest month first, and realised quality by month."""
     current, _ = lake.read_pointer(storage, lake.CURRENT, Current)
-    lines: list[list[Cell]] = []
+    lines: list[list[Cell | str]] = []
     judged: dict[str, dict] = {}
     for run in reversed(all_runs(storage)):
         summary, folder = read(storage, run.month, run.id), lake.run_folder(run.month, run.id)
@@ -243,11 +239,11 @@ def index(storage: Storage) -> dict:
         lines.append(
             [
                 Cell(run.month, link=f"{run.month}/{run.id}/report.html" if summary else ""),
-                Cell(run.id),
+                run.id,
                 Cell("current" if served else status, alarm=status == STOPPED and not served),
-                Cell(run.inputs["created"][:16]),
-                Cell(run.published[:16]),
-                *([Cell(number.value) for number in summary.numbers] if summary else [Cell("")] * 4),
+                run.inputs["created"][:16],
+                run.published[:16],
+                *([told.value for told in summary.numbers] if summary else [""] * 4),
                 number(len(summary.alarms) if summary else None, alarm=bool(summary and summary.alarms)),
             ]
         )
@@ -256,8 +252,8 @@ def index(storage: Storage) -> dict:
     for name, label in (("calibration", "calibration"), ("ne", "normalized entropy")) if judged else ():
         values = [sections.ends(judged[month], name) for month in months]
         told = f"Realised {label} by month, with 95 % intervals: what was published, judged by the outcomes that came a month later."
-        cells = [[Cell(month), sections.interval(judged[month], name, ".4f")] for month in months]
-        numbers = Table(f"Realised {label}", ("month", label), cells)
+        cells = [[month, sections.interval(judged[month], name, ".4f")] for month in months]
+        numbers = table(f"Realised {label}", ("month", label), cells)
         charts.append(Chart(plots.over_time(months, values, 1.0, label, told), told, numbers))
     told = f"Current is {current.month}, run {current.run}." if current else "Nothing is published yet."
-    return {"told": told, "status": PUBLISHED if current else UNFINISHED, "runs": Table("All runs", names, lines), "charts": charts}
+    return {"told": told, "status": PUBLISHED if current else UNFINISHED, "runs": table("All runs", names, lines), "charts": charts}

@@ -1,7 +1,7 @@
 """The sections of a run's page on models and scores, as tables and charts: gate, distribution, who moved, drift, realised quality."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -60,6 +60,15 @@ def number(value: float | None, form: str = ",.0f", **more: Any) -> Cell:
     return Cell("–" if value is None else format(value, form), value, **more)
 
 
+def table(caption: str, columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> Table:
+    """A table of values: those that are no cells yet are texts, or numbers to be shown whole."""
+
+    def cell(value: Any) -> Cell:
+        return value if isinstance(value, Cell) else Cell(value) if isinstance(value, str) else number(value)
+
+    return Table(caption, columns, [[cell(value) for value in row] for row in rows])
+
+
 def ends(values: Mapping[str, Any] | None, name: str) -> plots.Interval:
     """A value with the ends of its interval; None where there is none."""
     return (values[name], values[f"{name}_low"], values[f"{name}_high"]) if values else (None, None, None)
@@ -93,7 +102,7 @@ def gate(storage: Storage, evaluation: Manifest) -> dict:
         ours, theirs, against = judged[CANDIDATE, *key], judged.get((CHAMPION, *key)), compared.get(key)
         entropies = [interval(row, "normalized_entropy", ".4f") for row in (ours, theirs)]
         rest = (interval(against, "difference", "+.2%"), interval(ours, "calibration", ".3f"))
-        lines.append([Cell(named(*key)), number(ours["clicks"]), *entropies, *rest])
+        lines.append([named(*key), ours["clicks"], *entropies, *rest])
     columns = ("segment", "clicks", "NE of the candidate", "NE of the champion", "difference", "calibration")
     shown, charts = [*fixed, *others][:_CHART_LINES], []
     if compared:
@@ -109,13 +118,13 @@ def gate(storage: Storage, evaluation: Manifest) -> dict:
         told = "Reliability on the gate rows: predicted and actual click rate in bins of equal impressions, on the dashed line where they "
         told += "agree. Whiskers: 95 %, by the number of clicks alone."
         cells = [
-            [Cell(name), number(shown), number(predicted / shown, ".3%"), number(clicks / shown, ".3%")]
+            [name, shown, number(predicted / shown, ".3%"), number(clicks / shown, ".3%")]
             for name, found in bins.items()
             for shown, clicks, predicted in found
         ]
-        numbers = Table("Reliability", ("model", "impressions", "predicted", "actual"), cells)
+        numbers = table("Reliability", ("model", "impressions", "predicted", "actual"), cells)
         charts.append(Chart(plots.reliability(bins, told), told, numbers))
-    return {"why": info["why"], "charts": charts, "table": Table("Gate rows by segment", columns, lines)}
+    return {"why": info["why"], "charts": charts, "table": table("Gate rows by segment", columns, lines)}
 
 
 def distribution(scored: Month, before: Month | None) -> Chart:
@@ -125,11 +134,9 @@ def distribution(scored: Month, before: Month | None) -> Chart:
     # Coarser in the table: five bins of the chart.
     coarse = {month.month: month.histogram.reshape(-1, 5).sum(axis=1) for month in months}
     there = [i for i in range(len(EDGES) // 5) if any(counts[i] for counts in coarse.values())]
-    cells = [
-        [number(EDGES[5 * i], ".3%"), number(EDGES[5 * i + 5], ".3%"), *(number(counts[i]) for counts in coarse.values())] for i in there
-    ]
-    table = Table("Ads by p_click", ("from", "to", *coarse), cells)
-    return Chart(plots.distribution(EDGES, {month.month: month.histogram for month in months}, told), told, table)
+    cells = [[number(EDGES[5 * i], ".3%"), number(EDGES[5 * i + 5], ".3%"), *(counts[i] for counts in coarse.values())] for i in there]
+    numbers = table("Ads by p_click", ("from", "to", *coarse), cells)
+    return Chart(plots.distribution(EDGES, {month.month: month.histogram for month in months}, told), told, numbers)
 
 
 def moved(moved: Moved, before: Month) -> dict:
@@ -141,11 +148,11 @@ def moved(moved: Moved, before: Month) -> dict:
 
     tables, columns = [], ("ad", before.month, "now", "change", "trained on")
     for name, rows in (("Ads that rose most", moved.up), ("Ads that fell most", moved.down)):
-        lines = [[Cell(row["key"], creative=row["creative"]), *change(row, "p_click"), number(row["evidence_key"])] for row in rows]
-        tables.append(Table(name, columns, lines))
+        lines = [[Cell(row["key"], creative=row["creative"]), *change(row, "p_click"), row["evidence_key"]] for row in rows]
+        tables.append(table(name, columns, lines))
     for name, rows in moved.groups.items():
-        lines = [[Cell(str(row["value"]), creative=row["creative"]), *change(row, "mean"), number(row["ads"])] for row in rows]
-        tables += [Table(f"By {name}, mean p_click", (name, before.month, "now", "change", "ads"), lines)] if lines else []
+        lines = [[Cell(str(row["value"]), creative=row["creative"]), *change(row, "mean"), row["ads"]] for row in rows]
+        tables += [table(f"By {name}, mean p_click", (name, before.month, "now", "change", "ads"), lines)] if lines else []
     return {"told": told, "tables": tables}
 
 
@@ -157,10 +164,10 @@ def creative(row: Mapping[str, Any]) -> dict:
 def evidence(scored: Month) -> Table:
     """Ads by what is known of their keys."""
     cells = [
-        [Cell(name), number(rows), number(rows / scored.rows, ".1%"), number(p / rows if rows else None, ".3%"), number(unseen)]
+        [name, rows, number(rows / scored.rows, ".1%"), number(p / rows if rows else None, ".3%"), unseen]
         for name, (rows, p, unseen) in zip(EVIDENCE, scored.evidence.tolist(), strict=True)
     ]
-    return Table(
+    return table(
         "Ads by how often the model was trained on them", ("the ad was", "ads", "share", "mean p_click", "creative never shown"), cells
     )
 
@@ -207,8 +214,8 @@ def drift(drift: Mapping[str, Any], last: Known, this: Known) -> dict:
     cells = [
         [
             Cell(row["column"], alarm=row["alarm"]),
-            Cell(row["kind"]),
-            Cell("" if row["value"] is None else str(row["value"])),
+            row["kind"],
+            "" if row["value"] is None else str(row["value"]),
             *(number(row[name], ",.4g") for name in ("last", "this", "distance", "threshold")),
             Cell(f"alarm: {row['action']}" if row["alarm"] else "", alarm=row["alarm"]),
         ]
@@ -217,7 +224,7 @@ def drift(drift: Mapping[str, Any], last: Known, this: Known) -> dict:
     columns = ("column", "what", "value", drift["previous"] or "last", "this", "distance", "threshold", "alarm")
     drawn = panels(rows, last, this)
     lines = [
-        [Cell(each.title), Cell(label or f"{(i + 1) / (len(each.last) + 1):.0%} are below"), number(a, ",.4g"), number(b, ",.4g")]
+        [each.title, label or f"{(i + 1) / (len(each.last) + 1):.0%} are below", number(a, ",.4g"), number(b, ",.4g")]
         for each in drawn
         for i, (label, a, b) in enumerate(zip(each.labels or [""] * len(each.last), each.last, each.this, strict=True))
     ]
@@ -226,33 +233,27 @@ def drift(drift: Mapping[str, Any], last: Known, this: Known) -> dict:
         f"This month and {last_month}, what moved most against its threshold first: shares of the commonest values, quantiles of numbers. "
     )
     told += "An alarm has an exclamation mark."
-    numbers = Table("Both months", ("of", "value", "last", "this"), lines)
+    numbers = table("Both months", ("of", "value", "last", "this"), lines)
     chart = Chart(plots.small_multiples(drawn, told), told, numbers) if drawn else None
-    first = Table(f"Compared with {last_month}", columns, cells[:_FIRST])
-    rest = Table(f"Compared with {last_month}, the rest", columns, cells[_FIRST:])
+    first = table(f"Compared with {last_month}", columns, cells[:_FIRST])
+    rest = table(f"Compared with {last_month}, the rest", columns, cells[_FIRST:])
     return {"chart": chart, "table": first, "rest": rest if rest.rows else None}
 
 
 def realised(realised: Mapping[str, Any]) -> dict:
     """The month before, as it was published, by its outcomes."""
+    rows = realised["rows"][:TABLE_LINES]
+    names = [named(row["segment"], row["value"]) for row in rows]
     lines = [
-        [
-            Cell(named(row["segment"], row["value"])),
-            number(row["impressions"]),
-            number(row["clicks"]),
-            interval(row, "ne", ".4f"),
-            interval(row, "calibration", ".3f"),
-        ]
-        for row in realised["rows"][:TABLE_LINES]
+        [name, row["impressions"], row["clicks"], interval(row, "ne", ".4f"), interval(row, "calibration", ".3f")]
+        for name, row in zip(names, rows, strict=True)
     ]
     told = f"Not judged: {realised['verdict']}."
-    if realised["rows"]:
+    if rows:
         told = f"{realised['month']}, as run {realised['run']} published it, by what then happened: {realised['verdict'].rstrip('.')}. "
         told += f"{realised['matched_share']:.1%} of the impressions are of ads that it had scored."
-    shown = realised["rows"][:_CHART_LINES]
-    values = [ends(row, "calibration") for row in shown]
+    values = [ends(row, "calibration") for row in rows[:_CHART_LINES]]
     text = "Calibration, predicted over actual clicks, by segment, with 95 % intervals; at 1 they agree."
-    names = [named(row["segment"], row["value"]) for row in shown]
     columns = ("segment", "impressions", "clicks", "normalized entropy", "calibration")
-    chart = Chart(plots.intervals("realised", names, values, 1.0, "calibration", text), text, None) if shown else None
-    return {"told": told, "chart": chart, "table": Table("By segment", columns, lines)}
+    chart = Chart(plots.intervals("realised", names[:_CHART_LINES], values, 1.0, "calibration", text), text, None) if rows else None
+    return {"told": told, "chart": chart, "table": table("By segment", columns, lines)}
