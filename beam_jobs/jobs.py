@@ -48,10 +48,10 @@ class Jobs:
         """The rows that a query answers. One that changes something says by `holds` whether that is so now, and is done once."""
         config = self.bigquery.QueryJobConfig(labels=self._labels(stage), maximum_bytes_billed=self._max_bytes)
         name = stage if holds else f"{stage}-{uuid.uuid4().hex[:12]}"
-        rows = self.once(name, lambda id: self.client.query(text, job_id=id, job_retry=None, job_config=config), holds or (lambda: True))
+        rows = self.once(name, lambda id: self.client.query(text, job_id=id, job_retry=None, job_config=config), holds)
         return [dict(row) for row in rows]
 
-    def once(self, name: str, send: Callable[[str], Any], holds: Callable[[], bool] = lambda: True) -> Any:
+    def once(self, name: str, send: Callable[[str], Any], holds: Callable[[], bool] | None = None) -> Any:
         """The result of a job that `send` sends under the id that it is given; `name` is the same whenever it is to be done only once.
 
         BigQuery refuses an id that was used, even by a job that failed, so each attempt has its own, counted from 1. One that is taken is
@@ -73,7 +73,7 @@ class Jobs:
                     taken = True
                     job = self.client.get_job(id)
                 result = job.result()
-                if not taken or holds():
+                if not taken or holds is None or holds():
                     return result
             except GoogleAPICallError as error:
                 if not (taken and job and job.error_result):

@@ -299,22 +299,18 @@ def to_proto(sketches: Sketches, contract: Contract) -> "DatasetFeatureStatistic
     from tensorflow_metadata.proto.v0 import statistics_pb2 as proto
 
     out = proto.DatasetFeatureStatisticsList()
-    kinds = {
-        "bytes": proto.FeatureNameStatistics.STRING,
-        "int": proto.FeatureNameStatistics.INT,
-        "float": proto.FeatureNameStatistics.FLOAT,
-    }
-    kind_of = {column.name: kinds[column.kind] for column in contract.kept}
-    kind_of_images = {"size": kinds["int"], "aspect": kinds["float"], "brightness": kinds["float"]}
+    kind_of = {column.name: column.kind for column in contract.kept}
+    kind_of_images = {"size": "int", "aspect": "float", "brightness": "float"}
     for name, by_column in (("rows", of_all(sketches)), *((name, in_slice(sketches, name)) for name in (LABELLED, UNLABELLED, IMAGES))):
         dataset = out.datasets.add(name=name, num_examples=max((sketch.rows for sketch in by_column.values()), default=0))
         for column, sketch in by_column.items():
             feature = dataset.features.add(name=column)
             if not sketch.quantiles:
-                feature.type = kinds["bytes"]
+                feature.type = proto.FeatureNameStatistics.STRING
                 _string(feature.string_stats, sketch)
             else:
-                feature.type = (kind_of_images if name == IMAGES else kind_of)[column]
+                kind = (kind_of_images if name == IMAGES else kind_of)[column]
+                feature.type = proto.FeatureNameStatistics.Type.Value(kind.upper())
                 _numeric(feature.num_stats, sketch)
                 feature.custom_stats.add(name="distinct", num=sketch.unique)
             shown = {value: s for (slice_, of, value), s in sketches.items() if (slice_, of) == (name, column) and value is not None}
@@ -346,13 +342,12 @@ def _numeric(stats: Any, sketch: Sketch) -> None:
         return
     stats.mean, stats.num_zeros, stats.min, stats.max = sketch.total / sketch.known, sketch.zeros, sketch.low, sketch.high
     stats.std_dev, stats.median = float(np.sqrt(variance(sketch))), float(sketch.ranks[_RANKS // 2])
-    equal = np.linspace(sketch.low, sketch.high, _BUCKETS // 2 + 1)
-    for kind, edges in ((Histogram.STANDARD, equal), (Histogram.QUANTILES, sketch.ranks[:: _RANKS // _BUCKETS])):
-        shares = (
-            np.diff(shares_up_to(sketch, edges[1:-1]), prepend=0, append=1)
-            if kind == Histogram.STANDARD
-            else np.full(_BUCKETS, 1 / _BUCKETS)
-        )
+    equal, quantiles = np.linspace(sketch.low, sketch.high, _BUCKETS // 2 + 1), sketch.ranks[:: _RANKS // _BUCKETS]
+    in_equal = np.diff(shares_up_to(sketch, equal[1:-1]), prepend=0, append=1)
+    for kind, edges, shares in (
+        (Histogram.STANDARD, equal, in_equal),
+        (Histogram.QUANTILES, quantiles, np.full(_BUCKETS, 1 / _BUCKETS)),
+    ):
         histogram = stats.histograms.add(type=kind)
         for low, high, share in zip(edges[:-1].tolist(), edges[1:].tolist(), shares.tolist(), strict=True):
             histogram.buckets.add(low_value=low, high_value=high, sample_count=share * sketch.known)
