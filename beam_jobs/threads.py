@@ -2,7 +2,6 @@
 
 import collections
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import apache_beam as beam
@@ -22,28 +21,26 @@ class InThreads(beam.DoFn):
         self._function, self._arguments = function, arguments
 
     def start_bundle(self) -> None:
-        self._threads, self._pending = ThreadPoolExecutor(_AT_A_TIME), collections.deque[Iterator[Any]]()
+        self._pending = collections.deque[Iterator[Any]]()
 
     def process(self, element: Any) -> Iterator[Any]:
         if len(self._pending) == _AT_A_TIME:
             yield from self._pending.popleft()
-        self._pending.append(self._begin(element))
+        self._pending.append(ahead(self._made(element)))
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
         for made in self._pending:
             yield from map(in_global_window, made)
-        self._threads.shutdown()
 
-    def _begin(self, element: Any) -> Iterator[Any]:
-        done = self._threads.submit(self._function, element, *self._arguments)
-        return (future.result() for future in (done,))
+    def _made(self, element: Any) -> Iterator[Any]:
+        yield self._function(element, *self._arguments)
 
 
 class EachInThreads(InThreads):
     """The same as `beam.FlatMap` has it: of what `function` gives, a few are made before they are asked for."""
 
-    def _begin(self, element: Any) -> Iterator[Any]:
-        return ahead(self._function(element, *self._arguments))
+    def _made(self, element: Any) -> Iterator[Any]:
+        yield from self._function(element, *self._arguments)
 
 
 def in_global_window(value: Any) -> WindowedValue:
