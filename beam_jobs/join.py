@@ -27,28 +27,27 @@ class ShardImages:
 
     def __init__(self, storage: Storage, index: Receipt | None, embeddings: Receipt | None, width: int | None):
         table = _table(storage, index, INDEX)
-        self._names, self._creatives, status = (table[name].combine_chunks() for name in INDEX.names)
-        known = status.dictionary_encode()
-        # What an image may be, behind what a row may be without one.
-        self._statuses = pa.concat_arrays([pa.array([images.NO_IMAGE, images.MISSING]), known.dictionary])
-        self._status = pc.add(known.indices, 2)
-        self._vectors = None
+        self._names = table["image"].combine_chunks()
+        # What a row may be without an image of the index comes first: it names none, or one that was not delivered.
+        without = pa.Table.from_pylist([{"image_status": images.NO_IMAGE}, {"image_status": images.MISSING}], INDEX)
+        looks = pa.concat_tables([without, table])
+        creatives, status = (looks[name].combine_chunks() for name in ("creative", "image_status"))
+        self._looks = {"creative": creatives, "image_status": status.dictionary_encode()}
         if width is not None:
             schema = pa.schema([("creative", pa.string()), ("embedding", embedding_type(width))])
             embedded = _table(storage, embeddings, schema)
-            at = pc.index_in(self._creatives, embedded["creative"].combine_chunks())
-            self._vectors = embedded["embedding"].combine_chunks().take(at)
+            at = pc.index_in(creatives, embedded["creative"].combine_chunks())
+            self._looks["embedding"] = embedded["embedding"].combine_chunks().take(at)
 
     def places(self, names: pa.Array) -> pa.Array:
-        """Where each image name stands in the index, int32; null for none. All rows' at once: each call builds a table of the index."""
-        return pc.index_in(names, self._names)
+        """Where what is known of each image name stands. All rows' at once: each call builds a table of the index."""
+        return pc.if_else(names.is_null(), 0, pc.add(pc.fill_null(pc.index_in(names, self._names), -1), 2))
 
-    def join(self, rows: pa.RecordBatch, image: pa.Array, places: pa.Array) -> pa.RecordBatch:
-        """The rows, by their `image` names and the `places` of these, with `creative`, `image_status` and, with an encoder, `embedding`."""
-        code = pc.if_else(image.is_null(), 0, pc.fill_null(self._status.take(places), 1))
-        status = pa.DictionaryArray.from_arrays(code, self._statuses)
-        joined = rows.append_column("creative", self._creatives.take(places)).append_column("image_status", status)
-        return joined if self._vectors is None else joined.append_column("embedding", self._vectors.take(places))
+    def join(self, rows: pa.RecordBatch, places: pa.Array) -> pa.RecordBatch:
+        """The rows, by the `places` of their image names, with `creative`, `image_status` and, with an encoder, `embedding`."""
+        for name, column in self._looks.items():
+            rows = rows.append_column(name, column.take(places))
+        return rows
 
 
 def _table(storage: Storage, receipt: Receipt | None, schema: pa.Schema) -> pa.Table:
@@ -97,7 +96,7 @@ class MonthRows:
             for batch in read_parquet(self._run.storage, unit.file, ["key", *others], coded=True):
                 of_rows = slice(start, start + len(batch))
                 rows = batch.append_column(image, names[of_rows]) if image else batch
-                yield joiner.join(rows, names[of_rows], places[of_rows]).append_column(MONTH, pa.repeat(number, len(rows)))
+                yield joiner.join(rows, places[of_rows]).append_column(MONTH, pa.repeat(number, len(rows)))
                 start += len(rows)
 
         yield from ahead(joined())

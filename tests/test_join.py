@@ -48,7 +48,7 @@ def join(storage: Folder, rows: pa.RecordBatch, width: int | None, indexed: bool
     index = write_parquet(storage, "index", "index/0", [index_of(INDEXED)]) if indexed else None
     embeddings = write_parquet(storage, "embeddings", "shard/0", [embeddings_of(EMBEDDINGS)]) if embedded else None
     images_of_shard = ShardImages(storage, index, embeddings, width)
-    return images_of_shard.join(rows, rows["image"], images_of_shard.places(rows["image"]))
+    return images_of_shard.join(rows, images_of_shard.places(rows["image"]))
 
 
 @pytest.fixture
