@@ -26,6 +26,7 @@ from model.evaluation import COLD, OVERALL, WARM, Evaluation, Segment, clusters_
 from model.features import outcomes
 from model.gate import CANDIDATE, CHAMPION
 from model.registry import ModelError
+from model.seen import among
 from schemas import lake
 from schemas.contract import Contract
 from schemas.hashing import hash64_column
@@ -71,14 +72,6 @@ class Plan:
     broken: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Judged:
-    """The evaluation of some units, by the number of these."""
-
-    number: int
-    evaluation: Evaluation
-
-
 def define_pipeline(root: beam.Pipeline, run: MonthRun) -> None:
     """The window's units → clicks by month and segment → what is judged → evaluations of units → the verdict."""
     units, plan = define_plan(root, run)
@@ -86,7 +79,7 @@ def define_pipeline(root: beam.Pipeline, run: MonthRun) -> None:
         units
         | "KeySome" >> beam.Map(lambda unit: (unit[3] // _UNITS_TOGETHER, unit)).with_output_types(tuple[int, Unit])
         | "GroupSome" >> beam.GroupByKey()
-        | "JudgeSome" >> beam.Map(judge_some, run, beam.pvalue.AsSingleton(plan)).with_output_types(Judged)
+        | "JudgeSome" >> beam.Map(judge_some, run, beam.pvalue.AsSingleton(plan)).with_output_types(tuple[int, Evaluation])
         | "Gather" >> beam.combiners.ToList()
         | "Decide" >> beam.Map(decide, run, beam.pvalue.AsSingleton(plan)).with_output_types(Manifest)
     )
@@ -99,7 +92,7 @@ def define_plan(root: beam.Pipeline, run: MonthRun) -> "tuple[beam.PCollection[U
         units
         | "CountUnit" >> beam.Map(count, run).with_output_types(Counted)
         | "GatherCounts" >> beam.combiners.ToList()
-        | "Plan" >> beam.Map(plan_run, run).with_output_types(Plan)
+        | "Plan" >> beam.Map(lambda counted: make_plan(counted, run.config.min_gate_clicks, broken(run))).with_output_types(Plan)
     )
     return units, plan
 
@@ -108,11 +101,6 @@ def units_of(run: MonthRun) -> list[Unit]:
     """The units of rows of all months of the window."""
     found = [(month, id, unit) for month, id in run.window for unit in month_rows(run, month, id, None).units]
     return [(*unit, number) for number, unit in enumerate(found)]
-
-
-def plan_run(counted: Sequence[Counted], run: MonthRun) -> Plan:
-    """What the run's gate judges."""
-    return make_plan(counted, run.config.min_gate_clicks, broken(run))
 
 
 def count(unit: Unit, run: MonthRun) -> Counted:
@@ -162,10 +150,10 @@ def judged_pairs(run: MonthRun, plan: Plan) -> dict[str, Champion]:
     return run.peers() if plan.broken else {CANDIDATE: run.candidate, **run.peers()}
 
 
-def judge_some(some: tuple[int, Iterable[Unit]], run: MonthRun, plan: Plan) -> Judged:
-    """The evaluation of some units of the pairs that the gate compares."""
+def judge_some(some: tuple[int, Iterable[Unit]], run: MonthRun, plan: Plan) -> tuple[int, Evaluation]:
+    """The evaluation of some units of the pairs that the gate compares, beside the number of these units."""
     number, units = some
-    return Judged(number, judge(sorted(units, key=lambda unit: unit[3]), run, plan, judged_pairs(run, plan)))
+    return number, judge(sorted(units, key=lambda unit: unit[3]), run, plan, judged_pairs(run, plan))
 
 
 def judge(units: Iterable[Unit], run: MonthRun, plan: Plan, pairs: Mapping[str, Champion]) -> Evaluation:
@@ -216,9 +204,8 @@ def slices_of(rows: pa.RecordBatch, contract: Contract, plan: Plan) -> dict[Segm
 
 def warm_and_cold(creatives: pa.Array, trained: np.ndarray) -> Iterator[tuple[Segment, np.ndarray]]:
     """Numbers of the rows whose creative was trained on, and of those whose was not; a row without a creative is neither."""
-    known, hashes = creatives.is_valid().to_numpy(zero_copy_only=False), hash64_column(creatives)
-    at = np.searchsorted(trained, hashes)
-    warm = (at < len(trained)) & (np.append(trained, np.uint64(0))[at] == hashes)
+    known = creatives.is_valid().to_numpy(zero_copy_only=False)
+    warm, _ = among(trained, hash64_column(creatives))
     for name, rows in ((WARM, known & warm), (COLD, known & ~warm)):
         if rows.any():
             yield (name, None), np.flatnonzero(rows)
@@ -235,13 +222,13 @@ def segments_of(batch: pa.RecordBatch, contract: Contract) -> Iterator[tuple[Seg
             yield (column.name, value), rows
 
 
-def decide(judged: Sequence[Judged], run: MonthRun, plan: Plan) -> Manifest:
+def decide(judged: Sequence[tuple[int, Evaluation]], run: MonthRun, plan: Plan) -> Manifest:
     """The verdict and the numbers behind it, as the stage's manifest, and beside the candidate.
 
     Raises:
         StageError: the first model is broken, so there is none to publish.
     """
-    evaluation = merged(unit.evaluation for unit in sorted(judged, key=lambda unit: unit.number))
+    evaluation = merged(evaluation for _, evaluation in sorted(judged, key=lambda some: some[0]))
     known = run.peers()
     if not evaluation.models:
         evaluation = Evaluation((CANDIDATE, gate.BASE_RATE, *known), {})
