@@ -12,7 +12,7 @@ import functools
 import logging
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ParamSpec
 
 import apache_beam as beam
 import numpy as np
@@ -36,6 +36,7 @@ from schemas.lake import Manifest
 from schemas.parquet import read_parquet
 
 log = logging.getLogger("adstocrat")
+P = ParamSpec("P")
 _BATCH_THUMBNAILS = 1024
 
 
@@ -55,15 +56,14 @@ def train_encoder(run: MonthRun) -> Manifest:
     with registry.local_folder() as folder, _backbone(run) as backbone, once as rows:
         summary = _learnt(
             run,
-            lambda: encoder_training.train_encoder(
-                rows,
-                functools.partial(thumbnails, run),
-                run.contract,
-                run.config.seed,
-                folder,
-                lambda line: log.info("  encoder: %s", line),
-                backbone=backbone,
-            ),
+            encoder_training.train_encoder,
+            rows,
+            functools.partial(thumbnails, run),
+            run.contract,
+            run.config.seed,
+            folder,
+            lambda line: log.info("  encoder: %s", line),
+            backbone=backbone,
         )
         if summary["mode"] == "none" and run.champion:
             # Rows are embedded and scored all the same, by the champion: this is its encoder once more.
@@ -102,18 +102,17 @@ def train_ranker(run: MonthRun) -> Manifest:
             log.info("  train: %s, so training starts from scratch", why)
         summary = _learnt(
             run,
-            lambda: training.train_ranker(
-                rows,
-                run.contract,
-                run.config.seed,
-                folder,
-                encoder,
-                digest,
-                parent if from_champion else None,
-                lambda line: log.info("  train: %s", line),
-                training.Settings(negatives=run.config.train_negatives),
-                run.config.train_mode,
-            ),
+            training.train_ranker,
+            rows,
+            run.contract,
+            run.config.seed,
+            folder,
+            encoder,
+            digest,
+            parent if from_champion else None,
+            lambda line: log.info("  train: %s", line),
+            training.Settings(negatives=run.config.train_negatives),
+            run.config.train_mode,
         )
         if summary["mode"] != "none":
             golden.write(folder, examples(run, encoder, 0))
@@ -134,10 +133,10 @@ def thumbnails(run: MonthRun) -> Iterator[pa.RecordBatch]:
                 yield found
 
 
-def _learnt(run: MonthRun, train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _learnt(run: MonthRun, train: Callable[P, dict[str, Any]], *arguments: P.args, **named: P.kwargs) -> dict[str, Any]:
     """What training says of itself; where there is nothing to learn from and a champion to go on with, that there is no candidate."""
     try:
-        return train()
+        return train(*arguments, **named)
     except NothingToLearnError as error:
         why = f"nothing could be learnt from {', '.join(month for month, _ in run.window)}: {error}"
         if CHAMPION in run.peers():
