@@ -19,7 +19,7 @@ import pyarrow as pa
 from model import calibration, encoder, position, ranker, splits
 from model.descent import Descent, Progress, descend, deterministic, graph, inputs_of, write
 from model.features import Arrays, Examples, Features, learnable, minibatches, month_of, outcomes
-from model.kept import Kept, as_arrays, as_batch, kept
+from model.kept import Kept, kept
 from model.seen import OF_KEY_AND_CREATIVE, UNKNOWN, hashes_of_rows
 from model.survey import Survey, survey
 from schemas.ahead import ahead
@@ -319,16 +319,16 @@ def fit_rows(
 
     shares = np.array([replay.get(month, 1.0) for month in sorted(found.months)])
 
-    def blocks(made: Kept, epoch: int, rng: np.random.Generator) -> Iterator[Arrays]:
+    def blocks(made: Kept[Arrays], epoch: int, rng: np.random.Generator) -> Iterator[Arrays]:
         if epoch and (again := made.again(rng)):
-            yield from map(as_arrays, again)
+            yield from again
             return
         for block in train(epoch):
-            if epoch == 0:
-                made.put(as_batch(block))
+            if epoch == 0 and len(block["clicks"]):
+                made.put(block)
             yield block
 
-    def batches(made: Kept, epoch: int) -> Iterator[Arrays]:
+    def batches(made: Kept[Arrays], epoch: int) -> Iterator[Arrays]:
         rng = np.random.default_rng([seed, epoch])
         for batch in minibatches(
             (taken(block, shares, settings.negatives, rng) for block in blocks(made, epoch, rng)), size, _POOL_ROWS, rng
