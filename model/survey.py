@@ -1,7 +1,8 @@
 """The pass over the window before training: what there is to learn from, the features' spec, and whether a column tells the outcome."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -17,31 +18,26 @@ class NothingToLearnError(ValueError):
     """The window has no click, or nothing but clicks."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Survey:
     """What one pass over the window finds.
 
     Attributes:
         features: their spec, with the window's history where it was asked for.
         new_ids: in a refresh, the ids of values that the parent had not seen, by vocabulary.
-        months: rows, clicks and impressions of the labelled TRAIN rows of each month.
+        months: how many labelled TRAIN rows each month has.
+        clicks, impressions: of all of them.
     """
 
     features: Features
     new_ids: list[np.ndarray]
-    months: dict[int, tuple[int, float, float]]
+    months: Mapping[int, int]
+    clicks: float
+    impressions: float
 
     @property
     def rows(self) -> int:
-        return sum(rows for rows, _, _ in self.months.values())
-
-    @property
-    def clicks(self) -> float:
-        return sum(clicks for _, clicks, _ in self.months.values())
-
-    @property
-    def impressions(self) -> float:
-        return sum(impressions for _, _, impressions in self.months.values())
+        return sum(self.months.values())
 
     @property
     def base_rate(self) -> float:
@@ -60,7 +56,7 @@ def survey(
     fitter, guard = Fitter(contract, embedding_width), Guard(contract)
     names = (*ALWAYS, *(column.name for column in contract.features if "history" in column.tags))
     kept_months = parent.history.months if parent and parent.history else {}
-    tallies, months = Tallies(names), dict[int, tuple[int, float, float]]()
+    tallies, months, all_clicks, all_impressions = Tallies(names), Counter[int](), 0.0, 0.0
     for batch in batches:
         kept, split = learnable(batch)
         train = kept.filter(pa.array(split == splits.TRAIN))
@@ -70,21 +66,21 @@ def survey(
         fitter.add(train, labelled)
         guard.add(train, clicks, impressions)
         if known.any():
-            rows, some_clicks, some_impressions = months.get(month, (0, 0.0, 0.0))
-            more = int(known.sum()), float(clicks.sum(dtype=np.float64)), float(impressions.sum(dtype=np.float64))
-            months[month] = (rows + more[0], some_clicks + more[1], some_impressions + more[2])
+            months[month] += int(known.sum())
+            all_clicks += float(clicks.sum(dtype=np.float64))
+            all_impressions += float(impressions.sum(dtype=np.float64))
             if with_history:
                 tallies.add(labelled, month, clicks[known], impressions[known])
-    found = Survey(Features(contract, (), (), (), 0), [], months)
-    if not 0 < found.clicks < found.impressions:
+    if not 0 < all_clicks < all_impressions:
         raise NothingToLearnError(
-            f"{found.clicks:,.0f} clicks in {found.impressions:,.0f} impressions of {found.rows:,} labelled rows to learn from; "
+            f"{all_clicks:,.0f} clicks in {all_impressions:,.0f} impressions of {months.total():,} labelled rows to learn from; "
             "expected at least one click and one impression without: are these the right months, and are their outcomes filled in?"
         )
     guard.check()
-    found.features, found.new_ids = fitter.grown(parent) if parent else (fitter.fit(), [])
-    if with_history:
-        # Months before the window are known by the parent alone.
-        seen = History(names, {**kept_months, **tallies.months()}, found.base_rate)
-        found.features = dataclasses.replace(found.features, history=seen.folded(min(months)))
-    return found
+    features, new_ids = fitter.grown(parent) if parent else (fitter.fit(), [])
+    found = Survey(features, new_ids, months, all_clicks, all_impressions)
+    if not with_history:
+        return found
+    # Months before the window are known by the parent alone.
+    seen = History(names, {**kept_months, **tallies.months()}, found.base_rate)
+    return dataclasses.replace(found, features=dataclasses.replace(features, history=seen.folded(min(months))))

@@ -129,7 +129,7 @@ def train_ranker(
         replay, epochs = known, settings.refresh_epochs * (1 if start.same_encoder else 2)
     kind = "scratch" if not start else "refresh" if start.same_encoder else "refresh with a new encoder"
     progress(f"{kind}: {found.rows:,} rows, {found.clicks:,.0f} clicks in {found.impressions:,.0f} impressions")
-    summary, levels, tune = fit_rows(model, examples, found, seed, settings, epochs, settings.rate, progress, replay, first)
+    summary, levels, tune = fit_rows(model, examples, found, seed, settings, epochs, progress, replay, first)
     log_odds, effects = log_odds_of(model, levels), _effects(model)
     rest, hats, clicks, impressions = _concatenated(_without_position(tune, log_odds, effects))
     # Where training was short, what it learnt of the position is as much too small as all the rest.
@@ -286,7 +286,6 @@ def fit_rows(
     seed: int,
     settings: Settings,
     epochs: int,
-    rate: float,
     progress: Progress,
     replay: dict[int, float],
     levels: np.ndarray,
@@ -296,7 +295,7 @@ def fit_rows(
     Returns:
         What came of it, the months' log-odds, and batches of TUNE rows.
     """
-    read = round(sum(rows * replay.get(month, 1.0) for month, (rows, _, _) in found.months.items()))
+    read = round(sum(rows * replay.get(month, 1.0) for month, rows in found.months.items()))
     # Small data need small steps: about 50 in an epoch, unless that makes them smaller than 128 rows.
     size = min(settings.batch, max(128, 1 << round(math.log2(read / 50 + 1))))
     enough = math.ceil(settings.steps / math.ceil(read / size))
@@ -347,7 +346,7 @@ def fit_rows(
         if epoch == 0:
             tune[:] = minibatches(tune[:], ranker.BATCH, 0, None)
 
-    descent = Descent(read, found.impressions, size, epochs, rate, settings.patience, ranker.PRECISIONS, levels)
+    descent = Descent(read, found.impressions, size, epochs, settings.rate, settings.patience, ranker.PRECISIONS, levels)
     with kept() as made:
         # A pool ahead: while its batches are learnt, the next pool is brought together.
         told, levels = descend(model, lambda epoch: ahead(batches(made, epoch), _POOL_ROWS // size), tune, descent, progress)
