@@ -131,7 +131,7 @@ def train_ranker(
     progress(f"{kind}: {found.rows:,} rows, {found.clicks:,.0f} clicks in {found.impressions:,.0f} impressions")
     summary, levels, tune = fit_rows(model, examples, found, seed, settings, epochs, progress, replay, first)
     log_odds, effects = log_odds_of(model, levels), _effects(model)
-    rest, hats, clicks, impressions = _concatenated(_without_position(tune, log_odds, effects))
+    rest, hats, clicks, impressions = _without_position(tune, log_odds, effects)
     # Where training was short, what it learnt of the position is as much too small as all the rest.
     scale, shift = calibration.fit(rest + hats @ effects, np.zeros(len(rest)), clicks, impressions)
     if contract.position:
@@ -142,16 +142,16 @@ def train_ranker(
     if cold.any():
         # How log-odds change with the trust is looked at by how they do over a part of it.
         _set_trust(model, (-_TRUST_STEP, 0.0))
-        less, *_ = _concatenated(_without_position(tune, log_odds, effects))
+        less, *_ = _without_position(tune, log_odds, effects)
         told = (scale * rest + shift + hats @ effects, scale * (rest - less) / _TRUST_STEP, clicks, impressions)
         trust = calibration.trust(*(column[cold] for column in told))
         _set_trust(model, (trust[0], trust[1] / scale))
-        rest, *_ = _concatenated(_without_position(tune, log_odds, effects))
+        rest, *_ = _without_position(tune, log_odds, effects)
     slope, shift = calibration.fit(rest, hats @ effects, clicks, impressions)
     # What is scored is the newest month, and months differ in height.
     newest = labelled(lambda epoch: (b for b in examples(epoch) if month_of(b) == months[-1]), found, 0)
     batches = itertools.islice(minibatches((arrays for arrays, _, _ in newest), ranker.BATCH, 0, None), _HEIGHT_ROWS // ranker.BATCH)
-    parts = _without_position(batches, log_odds, effects)
+    parts = (_without_position([batch], log_odds, effects) for batch in batches)
     shift += calibration.height((slope * rest + shift, hats @ effects, c, n) for rest, hats, c, n in parts)
     level = float(levels[-1]) + shift / slope
     model.get_layer("calibration").set_weights([np.array([[slope]], np.float32), np.array([slope * level], np.float32)])
@@ -215,7 +215,7 @@ def _by_key(
     """TRAIN and TUNE rows as `position.within_keys` wants them, without history: a key's has its earlier positions in it."""
     for arrays, _, rows in labelled(examples, found, 0):
         bare = {**arrays, "history": np.zeros_like(arrays["history"])}
-        logits, *_ = _concatenated(_without_position(minibatches([bare], ranker.BATCH, 0, None), log_odds, effects))
+        logits, *_ = _without_position(minibatches([bare], ranker.BATCH, 0, None), log_odds, effects)
         yield hashes_of_rows(rows["key"], "key"), arrays["clicks"], arrays["impressions"], logits[: len(rows)], arrays["position"]
 
 
@@ -224,18 +224,14 @@ def _effects(model: Any) -> np.ndarray:
     return next((layer.get_weights()[0][:, 0] for layer in model.layers if layer.name == "position_effect"), np.zeros(1, np.float32))
 
 
-def _without_position(batches: Iterable[Arrays], log_odds: LogOdds, effects: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
-    """Of batches of `labelled` rows: log-odds without the position's effects, (rows,), its hats, (rows, hats), clicks and impressions."""
+def _without_position(batches: Iterable[Arrays], log_odds: LogOdds, effects: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Of batches of `labelled` rows, as a whole: log-odds without the position's effects, its hats, (rows, hats), clicks, impressions."""
     none = np.zeros(0, np.float32)
-    yield none, np.zeros((0, len(effects)), np.float32), none, none
+    parts = [(none, np.zeros((0, len(effects)), np.float32), none, none)]
     for batch in batches:
         hats = batch.get("position", np.zeros((len(batch["clicks"]), 1), np.float32))
-        yield log_odds(batch) - hats @ effects, hats, batch["clicks"], batch["impressions"]
-
-
-def _concatenated(parts: Iterable[Iterable[np.ndarray]]) -> Iterator[np.ndarray]:
-    """Of parts of the same arrays, at least one, these arrays as a whole."""
-    return map(np.concatenate, zip(*parts, strict=True))
+        parts.append((log_odds(batch) - hats @ effects, hats, batch["clicks"], batch["impressions"]))
+    return tuple(map(np.concatenate, zip(*parts, strict=True)))
 
 
 def log_odds_of(model: Any, levels: np.ndarray) -> LogOdds:
