@@ -30,7 +30,7 @@ from schemas.parquet import read_parquet, write_parquet
 from schemas.storage import Storage
 
 # A batch of thumbnails is 12 MiB.
-_BATCH_THUMBNAILS = 1024
+BATCH_THUMBNAILS = 1024
 _EMBEDDED = pa.schema([("creative", pa.string()), ("embedding", embedding_type(EMBEDDING_WIDTH))])
 _WANTED = pa.schema([("creative", pa.string()), ("shard", pa.int32())])
 
@@ -104,7 +104,7 @@ def _embedded_files(storage: Storage, encoder: str) -> list[str]:
 def read_thumbnails(storage: Storage, pack: str) -> Iterator[Named]:
     """The pack's thumbnails in batches, named by where they start; images without one are passed over."""
     start = 0
-    for batch in read_parquet(storage, pack, ["creative", "thumbnail"], _BATCH_THUMBNAILS):
+    for batch in read_parquet(storage, pack, ["creative", "thumbnail"], BATCH_THUMBNAILS):
         usable = batch.filter(batch["thumbnail"].is_valid())
         if usable.num_rows:
             yield f"{pack}@{start}", usable

@@ -4,23 +4,22 @@ Elements are (`unit@start`, batch): the name says where the batch belongs, so th
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from apache_beam.ml.inference.base import ModelHandler
 
-from model import images, registry
-from model.features import embedding_column
+from model import registry
+from model.features import embedding_column, pixels_of
 from schemas.storage import Storage
 
 Named = tuple[str, pa.RecordBatch]
-Model = TypeVar("Model")
 OK, NO_IMAGE, FALLBACK = "ok", "no_image", "fallback"
 
 
-class _BatchHandler(ModelHandler[Named, Named, Model]):
+class _BatchHandler(ModelHandler[Named, Named, Any]):
     """What both handlers share: batches are batches already, and a model is fetched, checked and loaded from local disk."""
 
     kind: str
@@ -29,7 +28,7 @@ class _BatchHandler(ModelHandler[Named, Named, Model]):
         super().__init__()
         self._storage, self._version = storage, version
 
-    def load_model(self) -> Model:
+    def load_model(self) -> Any:
         return registry.load(self._storage, self.kind, self._version)
 
     def should_skip_batching(self) -> bool:
@@ -42,21 +41,18 @@ class _BatchHandler(ModelHandler[Named, Named, Model]):
         return f"Adstocrat_{self.kind}"
 
 
-class EncoderHandler(_BatchHandler[Any]):
+class EncoderHandler(_BatchHandler):
     """Thumbnails → embeddings: batches of `creative` and `thumbnail` become `creative` and `embedding`."""
 
     kind = "encoder"
 
     def run_inference(self, batch: Any, model: Any, inference_args: Any = None) -> Iterable[Named]:
         name, thumbnails = batch
-        side = images.THUMBNAIL_SIZE
-        packed = b"".join(thumbnails["thumbnail"].to_pylist())
-        pixels = np.frombuffer(packed, np.uint8).reshape(-1, side, side, 3)
-        columns = [thumbnails["creative"], embedding_column(model.embed(pixels))]
+        columns = [thumbnails["creative"], embedding_column(model.embed(pixels_of(thumbnails["thumbnail"])))]
         return [(name, pa.RecordBatch.from_arrays(columns, ["creative", "embedding"]))]
 
 
-class RankerHandler(_BatchHandler[Any]):
+class RankerHandler(_BatchHandler):
     """Joined rows → scores: the carried columns with `p_click`, `creative`, `image_status` and `score_status`."""
 
     kind = "ranker"

@@ -72,12 +72,6 @@ class MonthRows:
         self._embeddings = _by_shard(embedded) if embedded else {}
         self._width = embedded.info["width"] if embedded else None
 
-    def creatives(self) -> Iterator[pa.Array]:
-        """The creatives of the month's images, a shard at a time."""
-        for receipt in self._index.values():
-            for batch in read_parquet(self._run.storage, receipt.file, ["creative"]):
-                yield batch["creative"]
-
     def batches(self, unit: Receipt) -> Iterator[pa.RecordBatch]:
         """The joined batches of one unit of rows, in order."""
         shard = shard_of_unit(unit.unit)

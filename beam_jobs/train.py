@@ -15,29 +15,25 @@ from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec
 
 import apache_beam as beam
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from beam_jobs.creatives import pack_files
-from beam_jobs.join import examples, month_rows
+from beam_jobs.embed import BATCH_THUMBNAILS
+from beam_jobs.join import examples
 from beam_jobs.run import MonthRun, StageError, source_digest
 from beam_jobs.workers import Listed, gpu_hints, on_gpu
 from model import golden, registry
 from model.gate import CHAMPION
 from model.kept import read_once
 from model.leakage import LeakageError
-from model.seen import among
 from model.survey import NothingToLearnError
 from schemas import contract as contracts
 from schemas import lake
-from schemas.hashing import hash64_column
 from schemas.lake import Manifest
 from schemas.parquet import read_parquet
 
 log = logging.getLogger("adstocrat")
 P = ParamSpec("P")
-_BATCH_THUMBNAILS = 1024
 
 
 def define_pipeline(root: beam.Pipeline, run: MonthRun, train: Callable[[MonthRun], Manifest]) -> None:
@@ -121,16 +117,9 @@ def train_ranker(run: MonthRun) -> Manifest:
 
 
 def thumbnails(run: MonthRun) -> Iterator[pa.RecordBatch]:
-    """`creative` and `thumbnail` of the window's creatives, each once, in an order that depends on their content alone."""
-    rows = [month_rows(run, month, id, None) for month, id in run.window]
-    used = pa.chunked_array([creatives for month in rows for creatives in month.creatives()], pa.string())
-    wanted = np.unique(hash64_column(pc.unique(used).drop_null()))
+    """`creative` and `thumbnail` of all images that were ever looked at, in an order that depends on their content alone."""
     for pack in pack_files(run.storage):
-        for batch in read_parquet(run.storage, pack, ["creative", "thumbnail"], _BATCH_THUMBNAILS):
-            there, _ = among(wanted, hash64_column(batch["creative"]))
-            found = batch.filter(pc.and_(batch["thumbnail"].is_valid(), pa.array(there)))
-            if found.num_rows:
-                yield found
+        yield from read_parquet(run.storage, pack, ["creative", "thumbnail"], BATCH_THUMBNAILS)
 
 
 def _learnt(run: MonthRun, train: Callable[P, dict[str, Any]], *arguments: P.args, **named: P.kwargs) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from model.images import THUMBNAIL_SIZE
 from model.saved import SavedModel
 
-THUMBNAIL_SIZE = 64
 EMBEDDING_WIDTH = 32
 _BATCH = 256
 _SHIFT = 3

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from model import encoder, ranker, splits
 from model.descent import Descent, Progress, descend, deterministic, write
-from model.features import Arrays, Examples, minibatches
+from model.features import Arrays, Examples, minibatches, pixels_of
 from model.seen import among
 from model.survey import NothingToLearnError, Survey, survey
 from model.training import Settings, fit_rows, labelled, log_odds_of
@@ -49,7 +49,8 @@ def train_encoder(
 
     Args:
         examples: as for `train_ranker`; the batches need no embedding.
-        thumbnails: batches of `creative` (string) and `thumbnail` (fixed size binary, 64 x 64 x 3 bytes), each creative once.
+        thumbnails: batches of `creative` (string) and `thumbnail` (fixed size binary, 64 x 64 x 3 bytes; null where the image has none, or
+            is of a creative that has it in another row), among them each creative of the examples once.
         contract: the columns.
         seed: with the streams, it decides every bit of the weights.
         folder: where the model is written; local.
@@ -148,11 +149,9 @@ def _thumbnails(thumbnails: Thumbnails, creatives: pa.Table, split: int) -> Iter
     order = np.argsort(hashes)
     known = hashes[order]
     sums = {name: wanted[name].to_numpy()[order] for name in ("clicks", "impressions", "offset")}
-    side = encoder.THUMBNAIL_SIZE
     for batch in thumbnails():
         there, places = among(known, hash64_column(batch["creative"]))
-        found, rows = batch["thumbnail"].filter(pa.array(there)), places[there]
-        if not len(found):
-            continue
-        pixels = np.frombuffer(found.buffers()[1], np.uint8)[found.offset * side * side * 3 :][: len(found) * side * side * 3]
-        yield {"thumbnail": pixels.reshape(len(found), side, side, 3), **{name: array[rows] for name, array in sums.items()}}
+        there &= batch["thumbnail"].is_valid().to_numpy(zero_copy_only=False)
+        if there.any():
+            pixels = pixels_of(batch["thumbnail"].filter(pa.array(there)))
+            yield {"thumbnail": pixels, **{name: array[places[there]] for name, array in sums.items()}}

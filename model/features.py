@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from model import splits
+from model.images import THUMBNAIL_SIZE
 from model.seen import MAX_VALUES, History, Vocabulary, coded, present
 from schemas import contract as contracts
 from schemas.contract import Column, Contract
@@ -315,5 +316,15 @@ def embedding_column(embeddings: np.ndarray) -> pa.Array:
 
 def embedding_matrix(column: pa.Array) -> np.ndarray:
     """What `embedding_column` was given, float32 (n, width), without a copy; where the column is null, the row may be anything."""
-    width = column.type.byte_width // 4
-    return np.frombuffer(column.buffers()[1] or b"", "<f4")[: (column.offset + len(column)) * width].reshape(-1, width)[column.offset :]
+    return _bytes_of(column).view("<f4")
+
+
+def pixels_of(thumbnails: pa.Array) -> np.ndarray:
+    """Thumbnails, uint8 (n, 64, 64, 3), of a column of their bytes, without a copy."""
+    return _bytes_of(thumbnails).reshape(-1, THUMBNAIL_SIZE, THUMBNAIL_SIZE, 3)
+
+
+def _bytes_of(column: pa.Array) -> np.ndarray:
+    """The bytes of a column of a fixed size, uint8 (rows, size)."""
+    size, end = column.type.byte_width, column.offset + len(column)
+    return np.frombuffer(column.buffers()[1] or b"", np.uint8)[: end * size].reshape(-1, size)[column.offset :]

@@ -54,7 +54,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, MonthRun]:
         save_encoder(storage, version, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(creatives, "IMAGES_PER_UNIT", 15)
-        patch.setattr(embed, "_BATCH_THUMBNAILS", 4)
+        patch.setattr(embed, "BATCH_THUMBNAILS", 4)
         for month in MONTHS:
             runs[month] = run = prepare(Config(lake=storage.uri), month)
             run_pipeline(functools.partial(creatives.define_pack_pipeline, run=run), [])
@@ -137,7 +137,7 @@ def test_thumbnails_are_named_by_where_they_start(tmp_path: pathlib.Path, monkey
         [{"creative": str(i), "thumbnail": None if i % 3 == 0 or 4 <= i < 8 else bytes(12288)} for i in range(10)], creatives.PACK
     )
     receipt = write_parquet(storage, "packs", "pack", [pack])
-    monkeypatch.setattr(embed, "_BATCH_THUMBNAILS", 4)
+    monkeypatch.setattr(embed, "BATCH_THUMBNAILS", 4)
     found = [(name.rpartition("@")[2], batch["creative"].to_pylist()) for name, batch in embed.read_thumbnails(storage, receipt.file)]
     assert found == [("0", ["1", "2"]), ("2", ["8"])]
 
