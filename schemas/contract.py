@@ -92,6 +92,16 @@ class Column:
         return self.kind == "bytes" or "categorical" in self.tags
 
 
+class _Tagged:
+    """An attribute of a contract: its column that has the attribute's name as a tag, None where no column has."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._tag = name
+
+    def __get__(self, contract: "Contract", owner: type) -> Column | None:
+        return next((column for column in contract.columns if self._tag in column.tags), None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Contract:
     """The columns of an inventory, in the order of the contract's file; checked when made.
@@ -101,6 +111,13 @@ class Contract:
     """
 
     columns: tuple[Column, ...]
+
+    image = _Tagged()
+    clicked = _Tagged()
+    clicks = _Tagged()
+    impressions = _Tagged()
+    position = _Tagged()
+    mature_before = _Tagged()
 
     def __post_init__(self) -> None:
         names = [column.name for column in self.columns]
@@ -145,40 +162,13 @@ class Contract:
     def _tagged(self, tag: str) -> tuple[Column, ...]:
         return tuple(column for column in self.columns if tag in column.tags)
 
-    def _one(self, tag: str) -> Column | None:
-        return next(iter(self._tagged(tag)), None)
-
     @property
     def key(self) -> tuple[Column, ...]:
         return self._tagged("key")
 
     @property
-    def image(self) -> Column | None:
-        return self._one("image")
-
-    @property
-    def clicked(self) -> Column | None:
-        return self._one("clicked")
-
-    @property
-    def clicks(self) -> Column | None:
-        return self._one("clicks")
-
-    @property
-    def impressions(self) -> Column | None:
-        return self._one("impressions")
-
-    @property
     def outcomes(self) -> tuple[Column, ...]:
         return tuple(column for column in (self.clicked, self.clicks, self.impressions) if column)
-
-    @property
-    def position(self) -> Column | None:
-        return self._one("position")
-
-    @property
-    def mature_before(self) -> Column | None:
-        return self._one("mature_before")
 
     @property
     def segments(self) -> tuple[Column, ...]:
