@@ -66,21 +66,6 @@ class Settings:
     negatives: float = 1.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Parent:
-    """The ranker that a training starts from.
-
-    Attributes:
-        folder: of the model.
-        spec: what `spec.json` holds.
-        same_encoder: whether it takes the same embeddings; if not, its image side starts anew.
-    """
-
-    folder: pathlib.Path
-    spec: dict[str, Any]
-    same_encoder: bool
-
-
 def train_ranker(
     examples: Examples,
     contract: Contract,
@@ -115,19 +100,21 @@ def train_ranker(
     """
     settings = settings or Settings()
     deterministic(seed)
-    start = _parent(parent, contract, encoder_digest, mode, progress)
-    before = Features.from_json(start.spec["features"]) if start else None
+    start = _parent_spec(parent, contract, mode, progress)
+    # Of another encoder's embeddings a parent knows nothing: its image side starts anew.
+    same_encoder = start is not None and start["encoder_digest"] == encoder_digest
+    before = Features.from_json(start["features"]) if start else None
     found = survey(examples(0), contract, encoder.EMBEDDING_WIDTH, before, with_history=True)
     months = sorted(found.months)
-    first = np.full(len(months), start.spec["level"] if start else 0.0, np.float32)
+    first = np.full(len(months), start["level"] if start else 0.0, np.float32)
     model = ranker.build(found.features, found.base_rate)
     replay, epochs = dict[int, float](), 0
-    if start:
-        _warm_start(model, start, found)
+    if start and parent:
+        _warm_start(model, parent, same_encoder, found)
         # Without its image side a parent has as much to learn of each month again.
-        known = {month: settings.replay for month in months if start.same_encoder and month <= start.spec["newest_month"]}
-        replay, epochs = known, settings.refresh_epochs * (1 if start.same_encoder else 2)
-    kind = "scratch" if not start else "refresh" if start.same_encoder else "refresh with a new encoder"
+        replay = {month: settings.replay for month in months if same_encoder and month <= start["newest_month"]}
+        epochs = settings.refresh_epochs * (1 if same_encoder else 2)
+    kind = "scratch" if not start else "refresh" if same_encoder else "refresh with a new encoder"
     progress(f"{kind}: {found.rows:,} rows, {found.clicks:,.0f} clicks in {found.impressions:,.0f} impressions")
     summary, levels, tune = fit_rows(model, examples, found, seed, settings, epochs, progress, replay, first)
     log_odds, effects = log_odds_of(model, levels), _effects(model)
@@ -172,30 +159,30 @@ def train_ranker(
     return {"mode": "refresh" if start else "scratch", **summary, **fitted, "negatives": settings.negatives}
 
 
-def _parent(parent: pathlib.Path | None, contract: Contract, encoder_digest: str, mode: str, progress: Progress) -> Parent | None:
-    """The parent, if it is to be refreshed."""
+def _parent_spec(parent: pathlib.Path | None, contract: Contract, mode: str, progress: Progress) -> dict[str, Any] | None:
+    """What `spec.json` of the parent holds, if it is to be refreshed."""
     if parent is None or mode == "scratch":
         return None
-    spec = json.loads((parent / "spec.json").read_text())
+    spec: dict[str, Any] = json.loads((parent / "spec.json").read_text())
     if spec["fingerprint"] != contract.fingerprint:
         why = f"the contract has changed since the parent was trained, from {spec['fingerprint']} to {contract.fingerprint}"
         if mode == "refresh":
             raise ValueError(f"{why}, so it cannot be refreshed; use train.mode auto or scratch")
         progress(f"{why}, so training starts from scratch")
         return None
-    return Parent(parent, spec, spec["encoder_digest"] == encoder_digest)
+    return spec
 
 
-def _warm_start(model: Any, start: Parent, found: Survey) -> None:
+def _warm_start(model: Any, parent: pathlib.Path, same_encoder: bool, found: Survey) -> None:
     """The parent's weights, those of new values as of the trained unknown, and with another encoder an image side that starts anew."""
     import keras
 
-    before = keras.models.load_model(start.folder / "model.keras", compile=False)
+    before = keras.models.load_model(parent / "model.keras", compile=False)
     after = [array.copy() for array in before.get_weights()]
     for number, weight in enumerate(model.weights):
         if "bias" not in weight.path and any(part in weight.path for part in ("linear", "vectors", "pair", "cross", "deep", "head")):
-            after[number] *= _KEPT if start.same_encoder else _KEPT_OF_ANOTHER
-        if not start.same_encoder:
+            after[number] *= _KEPT if same_encoder else _KEPT_OF_ANOTHER
+        if not same_encoder:
             ranker.forget_images(weight.path, after[number], found.features)
         ranker.begin_anew(weight.path, after[number], found.features, found.new_ids)
     model.set_weights(after)
