@@ -97,10 +97,6 @@ class Unit:
     def name(self) -> str:
         return f"{self.shard:05d}.{self.part:03d}"
 
-    @property
-    def rows(self) -> int:
-        return sum(section.rows for section in self.sections)
-
 
 def shards_for(rows: int, rows_per_shard: int = SHARD_ROWS) -> int:
     """How many shards hold `rows` rows: fewer each than a unit may have, so that an ordinary shard is one unit."""

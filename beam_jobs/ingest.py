@@ -54,14 +54,12 @@ class Part:
         index: which part of the month, from 0, by file name and place in the file.
         file: its name.
         number: which part of the file, from 0.
-        parts: of how many.
         span: the part's rows begin in these bytes, [start, end); None for the whole file.
     """
 
     index: int
     file: str
     number: int = 0
-    parts: int = 1
     span: tuple[int, int] | None = None
 
 
@@ -115,7 +113,7 @@ def parts_of(files: Iterable[Entry], layout: Layout) -> list[Part]:
         edges = [entry.size * number // count for number in range(count + 1)]
         for number in range(count):
             span = None if count == 1 else (edges[number], edges[number + 1])
-            parts.append(Part(len(parts), entry.name, number, count, span))
+            parts.append(Part(len(parts), entry.name, number, span))
     return parts
 
 

@@ -30,7 +30,10 @@ def fit(logits: np.ndarray, effects: np.ndarray, clicks: np.ndarray, impressions
     """
     if not 0 < clicks.sum() < impressions.sum():
         return 1.0, 0.0
-    x, (n, c) = logits.astype(np.float64), _half_way(effects, impressions, clicks)
+    x, weight = logits.astype(np.float64), _weight(effects)
+    # As many impressions in all as there are.
+    weight /= np.average(weight, weights=impressions)
+    n, c = impressions * weight, clicks * weight
     line = _newton(np.stack([x, np.ones(len(x))], axis=1), effects, n, c, np.array([1.0, 0.0]), np.array([_SLOPE_PRECISION, 1e-6]))
     return max(float(line[0]), _LEAST_SLOPE), float(line[1])
 
@@ -72,14 +75,8 @@ def trust(logits: np.ndarray, slopes: np.ndarray, clicks: np.ndarray, impression
     return change, -change * float(np.average(slopes, weights=impressions))
 
 
-def _half_way(effects: np.ndarray, impressions: np.ndarray, clicks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Impressions and clicks weighted half-way from the rows' own positions to the reference; as many impressions in all."""
-    weight = _weight(effects)
-    weight /= np.average(weight, weights=impressions)
-    return impressions * weight, clicks * weight
-
-
 def _weight(effects: np.ndarray) -> np.ndarray:
+    """What rows count for half-way from their own positions to the reference."""
     return np.exp(-effects.astype(np.float64) / 2)
 
 

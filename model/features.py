@@ -186,9 +186,8 @@ class Fitter:
         from tfx_bsl.sketches import QuantilesSketch
 
         self._contract, self._width = contract, embedding_width
-        empty = Features(contract, (), (), (), 0)
-        self._numerics = empty.numerics
-        names = [column.name for column in empty.categoricals] + ["creative"] * bool(embedding_width)
+        self._numerics = tuple(column for column in contract.features if not column.categorical)
+        names = [column.name for column in contract.features if column.categorical] + ["creative"] * bool(embedding_width)
         self._seen = {name: np.empty(0, np.uint64) for name in names}
         places = (*self._numerics, contract.position) if contract.position else self._numerics
         self._sketches = {column.name: QuantilesSketch(1e-3, 1 << 40, 1) for column in places}

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from schemas.contract import OUTCOMES
 from schemas.parquet import decoded
 
 # Arrow itself: Parquet cannot read back lists of one size of which some are null.
@@ -27,9 +26,9 @@ def write(folder: pathlib.Path, batches: Iterable[pa.RecordBatch]) -> None:
     from model.ranker import Ranker
 
     ranker, left, parts = Ranker(folder), ROWS, []
+    outcomes = [column.name for column in ranker.features.contract.outcomes]
     for batch in batches:
-        tags = {column.name: column.tags for column in ranker.features.contract.columns}
-        inputs = batch.select([name for name in batch.schema.names if not tags.get(name, frozenset()) & set(OUTCOMES)]).slice(0, left)
+        inputs = batch.select([name for name in batch.schema.names if name not in outcomes]).slice(0, left)
         # Codes would need one dictionary for all batches.
         parts.append(decoded(inputs).append_column(SCORE, pa.array(ranker.predict(inputs), pa.float64())))
         left -= inputs.num_rows

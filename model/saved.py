@@ -89,8 +89,5 @@ class SavedModel:
 
 def _padded(array: np.ndarray, rows: int) -> np.ndarray:
     """`array` with zeros behind it up to that many rows."""
-    if len(array) == rows:
-        return array
-    out = np.zeros((rows, *array.shape[1:]), array.dtype)
-    out[: len(array)] = array
-    return out
+    missing = np.zeros((rows - len(array), *array.shape[1:]), array.dtype)
+    return np.concatenate([array, missing]) if len(missing) else array

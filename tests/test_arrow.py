@@ -149,7 +149,7 @@ def test_each_shard_gets_its_rows(
     units = units_of(storage, shards, of_row, arrow.UNIT_ROWS)
     assert read_all(storage, units) == direct(of_row)
     assert all(unit.part == 0 for unit in units) and len({unit.shard for unit in units}) == len(units)
-    assert sum(unit.rows for unit in units) == ROWS
+    assert sum(section.rows for unit in units for section in unit.sections) == ROWS
     written = storage.names("spill/")
     assert {section.file for unit in units for section in unit.sections} == set(written)
     assert len(written) == files if files else 1 < len(written) < 15
@@ -164,7 +164,7 @@ def test_a_hot_shard_is_cut(storage: Folder, monkeypatch: pytest.MonkeyPatch, un
     by_shard = {shard: [unit for unit in units if unit.shard == shard] for shard in (0, 3)}
     for parts in by_shard.values():
         assert [unit.part for unit in parts] == list(range(len(parts)))
-        assert all(unit.rows <= (unit_rows or ROWS) for unit in parts)
+        assert all(sum(section.rows for section in unit.sections) <= (unit_rows or ROWS) for unit in parts)
     # 15 sections of 180 rows each are as full as they can be.
     assert len(by_shard[3]) == (-(-15 // (unit_rows // 180)) if unit_rows else 1)
     # And no unit is left with what the others had no room for.
