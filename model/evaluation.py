@@ -261,19 +261,20 @@ def log_ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, float]:
 def _with_interval(name: str, above: np.ndarray, below: np.ndarray) -> dict[str, float | None]:
     """A ratio with its 95 % interval."""
     ratio, error = log_ratio(above, below)
-    ends = {"_low": -Z_TWO_SIDED, "_high": Z_TWO_SIDED}
-    return {name: _number(math.exp(ratio)), **{name + end: _number(math.exp(ratio + z * error)) for end, z in ends.items()}}
+    return interval(name, math.exp(ratio), math.exp(ratio - Z_TWO_SIDED * error), math.exp(ratio + Z_TWO_SIDED * error))
 
 
 def _around(name: str, value: float, drawn: np.ndarray) -> dict[str, float | None]:
     """A number from 0 to 1 with its 95 % interval, by the standard deviation of what replicates have."""
     error = float(np.std(drawn, ddof=1)) if len(drawn) > 1 else math.nan
     low, high = np.clip([value - Z_TWO_SIDED * error, value + Z_TWO_SIDED * error], 0, 1).tolist()
-    return {name: _number(value), f"{name}_low": _number(low), f"{name}_high": _number(high)}
+    return interval(name, value, low, high)
 
 
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+def interval(name: str, value: float, low: float, high: float) -> dict[str, float | None]:
+    """A number and the ends of its 95 % interval by the names that reports know them by; None where undefined."""
+    named = {name: value, f"{name}_low": low, f"{name}_high": high}
+    return {name: float(number) if math.isfinite(number) else None for name, number in named.items()}
 
 
 def _equal_bins(bins: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from model.evaluation import Z_TWO_SIDED, Evaluation, Slice, log_ratio
+from model.evaluation import Z_TWO_SIDED, Evaluation, Slice, interval, log_ratio
 
 CANDIDATE, CHAMPION, EARLIER_CHAMPION, BASE_RATE = "candidate", "champion", "earlier_champion", "base_rate"
 PROMOTED, KEPT, FIRST, INSUFFICIENT = "promoted", "kept", "first", "insufficient_evidence"
@@ -161,8 +161,8 @@ def compared(evaluation: Evaluation) -> list[dict[str, Any]]:
     for (segment, value), part in evaluation.slices.items():
         difference, error = log_ratio(part.loss(candidate), part.loss(champion))
         if math.isfinite(error):
-            ends = {"": 0.0, "_low": -Z_TWO_SIDED, "_high": Z_TWO_SIDED}
-            relative = {f"difference{end}": math.expm1(difference + z * error) for end, z in ends.items()}
+            low, high = difference - Z_TWO_SIDED * error, difference + Z_TWO_SIDED * error
+            relative = interval("difference", math.expm1(difference), math.expm1(low), math.expm1(high))
             found.append({"segment": segment, "value": value, **relative})
     return found
 
