@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import difflib
 import gzip
-import itertools
 import re
 import zlib
 from collections.abc import Iterator
@@ -203,11 +202,9 @@ def _checked(block: Block, width: int, columns: dict[str, int], contract: Contra
         for rows_, column, reason in rejecter.found
         for row in rows_.tolist()
     ]
-    lines = itertools.chain(
-        ((record, FIELD_COUNT) for record in miscounted.tolist()),
-        zip(faulty.tolist(), (fault.reason for fault in block.faults), strict=True),
-    )
-    found += [(record, "", reason, block.data[starts[record] : ends[record]][:_LINE_BYTES]) for record, reason in lines]
+    whole = dict.fromkeys(miscounted.tolist(), FIELD_COUNT)
+    whole |= {record: fault.reason for record, fault in zip(faulty.tolist(), block.faults, strict=True)}
+    found += [(record, "", reason, block.data[starts[record] : ends[record]][:_LINE_BYTES]) for record, reason in whole.items()]
     found.sort(key=lambda reject: reject[0])
     rejects = {
         "file": [file] * len(found),
