@@ -230,13 +230,14 @@ def estimated_rows(storage: Storage, files: tuple[Entry, ...]) -> int:
     lines = read = 0
     for entry in files[:8]:
         if is_packed(entry.name):
-            found = b""
+            head = b""
             with storage.open(entry.name) as stream, contextlib.suppress(EOFError, gzip.BadGzipFile, zlib.error):
                 # What is no such file is told when it is read.
-                found = gzip.GzipFile(fileobj=stream).read(_HEAD_BYTES)
+                head = gzip.GzipFile(fileobj=stream).read(_HEAD_BYTES)
             # A tenth is what CSV packs to.
-            lines, read = lines + found.count(b"\n"), read + max(1, min(entry.size, len(found) // 10))
+            read += max(1, min(entry.size, len(head) // 10))
         else:
             head = storage.read(entry.name, 0, min(_HEAD_BYTES, entry.size))
-            lines, read = lines + head.count(b"\n"), read + len(head)
+            read += len(head)
+        lines += head.count(b"\n")
     return int(sum(entry.size for entry in files) * lines / read) if read else 0
