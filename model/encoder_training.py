@@ -67,8 +67,8 @@ def train_encoder(
     found = survey(examples(0), contract, 0, None)
     columns = ranker.build(found.features, found.base_rate)
     progress(f"columns: {found.rows:,} rows, {found.clicks:,.0f} clicks in {found.impressions:,.0f} impressions")
-    none = np.zeros(len(found.months), np.float32)
-    _, levels, _ = fit_rows(columns, examples, found, seed, _COLUMNS, 0, progress, {}, none)
+    all_rows, none = np.ones(len(found.months)), np.zeros(len(found.months), np.float32)
+    _, levels, _ = fit_rows(columns, examples, found, seed, _COLUMNS, 0, progress, all_rows, none)
     creatives = _sums(examples, found, columns, levels)
     tune = list(itertools.islice(minibatches(_thumbnails(thumbnails, creatives, splits.TUNE), 256, 0, None), _TUNE_THUMBNAILS // 256))
     sizes = [(len(part["clicks"]), part["impressions"].sum(dtype=np.float64)) for part in _thumbnails(thumbnails, creatives, splits.TRAIN)]

@@ -14,7 +14,7 @@ MOST_ROWS = 1 << 20
 _PRECISION = 10.0
 
 
-def within_keys(rows: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]], effects: np.ndarray) -> np.ndarray:
+def within_keys(rows: Iterable[tuple[np.ndarray, ...]], effects: np.ndarray) -> np.ndarray:
     """The effects, float64 (hats,), by Newton's method on the likelihood of each key's clicks given their sum.
 
     Args:

@@ -108,15 +108,15 @@ def train_ranker(
     months = sorted(found.months)
     first = np.full(len(months), start["level"] if start else 0.0, np.float32)
     model = ranker.build(found.features, found.base_rate)
-    replay, epochs = dict[int, float](), 0
+    shares, epochs = np.ones(len(months)), 0
     if start and parent:
         _warm_start(model, parent, same_encoder, found)
         # Without its image side a parent has as much to learn of each month again.
-        replay = {month: settings.replay for month in months if same_encoder and month <= start["newest_month"]}
+        shares[[same_encoder and month <= start["newest_month"] for month in months]] = settings.replay
         epochs = settings.refresh_epochs * (1 if same_encoder else 2)
     kind = "scratch" if not start else "refresh" if same_encoder else "refresh with a new encoder"
     progress(f"{kind}: {found.rows:,} rows, {found.clicks:,.0f} clicks in {found.impressions:,.0f} impressions")
-    summary, levels, tune = fit_rows(model, examples, found, seed, settings, epochs, progress, replay, first)
+    summary, levels, tune = fit_rows(model, examples, found, seed, settings, epochs, progress, shares, first)
     log_odds, effects = log_odds_of(model, levels), _effects(model)
     rest, hats, clicks, impressions = _without_position(tune, log_odds, effects)
     # Where training was short, what it learnt of the position is as much too small as all the rest.
@@ -196,9 +196,7 @@ def _set_trust(model: Any, trust: tuple[float, float]) -> None:
         model.get_layer(name).set_weights([np.full((1, 1), value, np.float32)])
 
 
-def _by_key(
-    examples: Examples, found: Survey, log_odds: LogOdds, effects: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+def _by_key(examples: Examples, found: Survey, log_odds: LogOdds, effects: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
     """TRAIN and TUNE rows as `position.within_keys` wants them, without history: a key's has its earlier positions in it."""
     for arrays, _, rows in labelled(examples, found, 0):
         bare = {**arrays, "history": np.zeros_like(arrays["history"])}
@@ -270,15 +268,20 @@ def fit_rows(
     settings: Settings,
     epochs: int,
     progress: Progress,
-    replay: dict[int, float],
+    shares: np.ndarray,
     levels: np.ndarray,
 ) -> tuple[dict[str, Any], np.ndarray, list[Arrays]]:
-    """Fit a ranker, with or without images, to the rows; `epochs` 0 leaves their number to the settings.
+    """Fit a ranker, with or without images, to the rows.
+
+    Args:
+        epochs: 0 leaves their number to the settings.
+        shares: of each month's rows, what an epoch reads.
+        levels: log-odds that each month starts with.
 
     Returns:
         What came of it, the months' log-odds, and batches of TUNE rows.
     """
-    read = round(sum(rows * replay.get(month, 1.0) for month, rows in found.months.items()))
+    read = round(float(np.dot([found.months[month] for month in sorted(found.months)], shares)))
     # Small data need small steps: about 50 in an epoch, unless that makes them smaller than 128 rows.
     size = min(settings.batch, max(128, 1 << round(math.log2(read / 50 + 1))))
     enough = math.ceil(settings.steps / math.ceil(read / size))
@@ -298,8 +301,6 @@ def fit_rows(
                 shared[-1] += learnt["impressions"].sum()
                 shared[:-1] += learnt["impressions"] @ (learnt["categorical"] == UNKNOWN) if len(shared) > 1 else 0.0
             yield learnt
-
-    shares = np.array([replay.get(month, 1.0) for month in sorted(found.months)])
 
     def blocks(made: Kept[Arrays], epoch: int, rng: np.random.Generator) -> Iterator[Arrays]:
         if epoch and (again := made.again(rng)):
