@@ -286,18 +286,18 @@ class CommitStage(beam.PTransform):
     info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def expand(self, receipts: beam.PCollection) -> beam.PCollection:
-        return (
-            receipts
-            | "KeyByUnit" >> beam.Map(lambda receipt: (receipt.unit, receipt)).with_output_types(tuple[str, Receipt])
-            | "GroupByUnit" >> beam.GroupByKey()
-            | "OneReceiptEach" >> beam.MapTuple(lambda unit, receipts: lake.one_receipt_each(list(receipts))).with_output_types(Receipt)
-            | "Collect" >> beam.combiners.ToList()
-            | "CreateManifest" >> beam.Map(self._commit)
-        )
+        return receipts | "Collect" >> beam.combiners.ToList() | "CreateManifest" >> beam.Map(self._commit)
 
     def _commit(self, receipts: list[Receipt]) -> Manifest:
-        ordered = tuple(sorted(receipts, key=lambda receipt: receipt.unit))
-        return lake.commit(self.storage, self.folder, Manifest(self.stage, ordered, self.info))
+        return lake.commit(self.storage, self.folder, Manifest(self.stage, tuple(one_receipt_each(receipts)), self.info))
+
+
+def one_receipt_each(told: Iterable[Receipt]) -> list[Receipt]:
+    """Exactly one receipt of each unit, in the order of the units, of what all attempts have told."""
+    by_unit: dict[str, list[Receipt]] = {}
+    for receipt in told:
+        by_unit.setdefault(receipt.unit, []).append(receipt)
+    return [lake.one_receipt_each(by_unit[unit]) for unit in sorted(by_unit)]
 
 
 @dataclasses.dataclass(frozen=True)

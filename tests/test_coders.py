@@ -43,28 +43,27 @@ SHUFFLED = {
     "ingest": {
         *("Files/Spread", "GroupByFile", "ShardByImage/GroupByShard", "ShardByKey/GroupByShard", "SpreadKeys"),
         *("ShardByPart/GroupByShard", "SpreadDuplicates", "ShardDuplicates/GroupByShard", "PairShards/CoGroupByKeyImpl", "SpreadPairs"),
-        "CommitRows/GroupByUnit",
     },
     "creatives pack": {
         *("ListingFiles/Spread", "KnownFiles/Spread", "ShardListing/GroupByShard", "ShardKnown/GroupByShard"),
-        *("PairShards/CoGroupByKeyImpl", "SpreadPairs", "CommitPacks/GroupByUnit"),
+        *("PairShards/CoGroupByKeyImpl", "SpreadPairs"),
     },
     "creatives index": {
         *("ListingFiles/Spread", "KnownFiles/Spread", "ShardListing/GroupByShard", "ShardKnown/GroupByShard"),
-        *("PairShards/CoGroupByKeyImpl", "SpreadPairs", "CommitIndex/GroupByUnit"),
+        *("PairShards/CoGroupByKeyImpl", "SpreadPairs"),
     },
     "realised": {
         *("OutcomesFiles/Spread", "ScoresFiles/Spread", "ShardOutcomes/GroupByShard", "ShardScores/GroupByShard"),
         *("PairShards/CoGroupByKeyImpl", "SpreadPairs", "GroupSome"),
     },
-    "embed pack": {"Packs/Spread", "CommitPacks/GroupByUnit"},
+    "embed pack": {"Packs/Spread"},
     "embed gather": {
         *("WantedFiles/Spread", "EmbeddingsFiles/Spread", "ShardWanted/GroupByShard", "ShardEmbeddings/GroupByShard"),
-        *("PairShards/CoGroupByKeyImpl", "SpreadPairs", "ShardByImage/GroupByShard", "SpreadShards", "CommitEmbeddings/GroupByUnit"),
+        *("PairShards/CoGroupByKeyImpl", "SpreadPairs", "ShardByImage/GroupByShard", "SpreadShards"),
     },
     "evaluate": {"Units/Spread", "GroupSome"},
-    "score": {"Units/Spread", "CommitScores/GroupByUnit"},
-    "lookup": {"ScoresFiles/Spread", "ShardScores/GroupByShard", "SpreadShards", "CommitLookup/GroupByUnit"},
+    "score": {"Units/Spread"},
+    "lookup": {"ScoresFiles/Spread", "ShardScores/GroupByShard", "SpreadShards"},
     "train": {"Run/Spread"},
 }
 
