@@ -159,23 +159,21 @@ def evaluate(
         places.append(place.clip(0, _BINS - 1))
     values = np.stack(columns, axis=1)
     chosen: dict[Segment, np.ndarray] = {(OVERALL, None): np.arange(rows), **slices} if rows else {}
-    sums = {segment: np.zeros((1 + replicates, values.shape[1])) for segment in chosen}
-    drawn = {}
+    found = {}
     for segment, where in chosen.items():
-        sums[segment][0] = values[where].sum(axis=0)
+        sums = np.zeros((1 + replicates, values.shape[1]))
+        sums[0] = values[where].sum(axis=0)
         ends = [end // _COARSER for place in places for end in (place[where].min(), place[where].max())]
-        drawn[segment] = min(ends), np.zeros((models, 3, min(replicates, _BY_ORDER), max(ends) + 1 - min(ends)), np.float32)
-    if replicates and chosen:
-        _replicate(values, [place // _COARSER for place in places], clusters, chosen, sums, drawn)
-    out = {}
-    for segment, where in chosen.items():
-        first, by_order = drawn[segment]
-        bins = np.empty((models, 3, by_order.shape[3] * _COARSER))
+        first, coarser = min(ends), max(ends) + 1 - min(ends)
+        bins = np.empty((models, 3, coarser * _COARSER))
         for model, place in enumerate(places):
             for i, column in enumerate(_binned(model)):
                 bins[model, i] = np.bincount(place[where] - first * _COARSER, values[where, column], bins.shape[2])
-        out[segment] = Slice(len(where), sums[segment], bins, by_order, first)
-    return Evaluation(tuple(predictions), out)
+        drawn = np.zeros((models, 3, min(replicates, _BY_ORDER), coarser), np.float32)
+        found[segment] = Slice(len(where), sums, bins, drawn, first)
+    if replicates:
+        _replicate(values, [place // _COARSER for place in places], clusters, chosen, found)
+    return Evaluation(tuple(predictions), found)
 
 
 def clusters_of(batch: pa.RecordBatch) -> np.ndarray:
@@ -193,13 +191,9 @@ def _replicate(
     places: list[np.ndarray],
     clusters: np.ndarray,
     chosen: Mapping[Segment, np.ndarray],
-    sums: Mapping[Segment, np.ndarray],
-    drawn: Mapping[Segment, tuple[int, np.ndarray]],
+    slices: Mapping[Segment, Slice],
 ) -> None:
-    """Add the sums of all replicates to `sums`, and of the first ones by log-odds to `drawn`, a block of clusters at a time.
-
-    `places` are coarser bins, and beside each of `drawn` is the one that it begins with.
-    """
+    """Fill in the sums of all replicates, and of the first ones those by log-odds, some clusters at a time; `places` are coarser bins."""
     known, cluster = np.unique(clusters, return_inverse=True)
     totals = {}
     for segment, where in chosen.items():
@@ -209,20 +203,20 @@ def _replicate(
         order = np.argsort(inverse)
         totals[segment] = present, np.stack(summed, axis=1), where[order], inverse[order]
     for start in range(0, len(known), _BLOCK):
-        weights = _weights(known[start : start + _BLOCK], len(next(iter(sums.values()))) - 1)
+        weights = _weights(known[start : start + _BLOCK], len(slices[OVERALL, None].sums) - 1)
         for segment, (present, total, where, inverse) in totals.items():
             first, last = np.searchsorted(present, (start, start + _BLOCK))
             weight = weights[present[first:last] - start].T
-            sums[segment][1:] += weight @ total[first:last]
+            slices[segment].sums[1:] += weight @ total[first:last]
             begin, end = np.searchsorted(inverse, (first, last))
             rows, own = where[begin:end], inverse[begin:end] - first
-            lowest, by_order = drawn[segment]
+            lowest, drawn = slices[segment].first, slices[segment].drawn
             for model, place in enumerate(places):
                 # Few bins have any row.
                 bins, at = np.unique(place[rows] - lowest, return_inverse=True)
                 for i, column in enumerate(_binned(model)):
                     each = np.bincount(own * len(bins) + at, values[rows, column], (last - first) * len(bins))
-                    by_order[model, i][:, bins] += weight[:_BY_ORDER] @ each.reshape(last - first, len(bins))
+                    drawn[model, i][:, bins] += weight[:_BY_ORDER] @ each.reshape(last - first, len(bins))
 
 
 def _weights(clusters: np.ndarray, replicates: int) -> np.ndarray:
