@@ -18,7 +18,7 @@ from model import splits
 from model.images import THUMBNAIL_SIZE
 from model.seen import MAX_VALUES, History, Vocabulary, coded, present
 from schemas import contract as contracts
-from schemas.contract import Column, Contract
+from schemas.contract import Contract
 
 # What a model is given, by name, all of one length; in training `clicks`, `impressions` and perhaps `offset` are beside the inputs.
 Arrays = dict[str, np.ndarray]
@@ -77,8 +77,8 @@ class Features:
 
     Attributes:
         contract: the columns.
-        vocabularies: the values of each of `categoricals` and, for a model that sees images, of the creative.
-        boundaries: for each column of `numerics`, values in ascending order and the place in [-1, 1] that each is mapped to.
+        vocabularies: the values of each of the contract's `categoricals` and, for a model that sees images, of the creative.
+        boundaries: for each column of its `numerics`, values in ascending order and the place in [-1, 1] that each is mapped to.
         knots: positions between which the position's effect is linear, ascending; empty without a position column.
         embedding_width: D, the width of an image embedding; 0 for a model that sees no image.
         history: outcomes of the months learnt from; None for a model that does not look at them.
@@ -94,20 +94,12 @@ class Features:
     @property
     def buckets(self) -> tuple[int, ...]:
         """Ids of each categorical column, the reserved ids included."""
-        return tuple(vocabulary.size for vocabulary in self.vocabularies[: len(self.categoricals)])
-
-    @property
-    def categoricals(self) -> tuple[Column, ...]:
-        return tuple(column for column in self.contract.features if column.categorical)
-
-    @property
-    def numerics(self) -> tuple[Column, ...]:
-        return tuple(column for column in self.contract.features if not column.categorical)
+        return tuple(vocabulary.size for vocabulary in self.vocabularies[: len(self.contract.categoricals)])
 
     @property
     def widths(self) -> dict[str, int]:
         """Columns of each array that `arrays` returns."""
-        widths = {"categorical": len(self.categoricals), "numeric": 2 * len(self.numerics)}
+        widths = {"categorical": len(self.contract.categoricals), "numeric": 2 * len(self.contract.numerics)}
         widths |= {"position": len(self.knots) + 1} if self.contract.position else {}
         widths |= {"embedding": self.embedding_width, "has_image": 1, "creative": 1} if self.embedding_width else {}
         widths |= {"history": 2 * len(self.history.names)} if self.history else {}
@@ -138,11 +130,11 @@ class Features:
         if self.embedding_width:
             # It is looked up twice, and takes long to be told apart.
             batch = batch.set_column(batch.schema.get_field_index("creative"), "creative", coded(batch["creative"]))
-        if self.categoricals:
-            columns = zip(self.categoricals, self.vocabularies, strict=False)
+        if self.contract.categoricals:
+            columns = zip(self.contract.categoricals, self.vocabularies, strict=False)
             out["categorical"] = np.stack([vocabulary.ids(batch[c.name], c.name) for c, vocabulary in columns], axis=1)
         if self.boundaries:
-            values = [_numbers(batch[column.name]) for column in self.numerics]
+            values = [_numbers(batch[column.name]) for column in self.contract.numerics]
             scaled = [np.interp(v, *bounds) for v, bounds in zip(values, self.boundaries, strict=True)]
             missing = np.stack([np.isnan(v) for v in values], axis=1)
             numeric = np.where(missing, 0, np.stack(scaled, axis=1))
@@ -186,10 +178,9 @@ class Fitter:
         from tfx_bsl.sketches import QuantilesSketch
 
         self._contract, self._width = contract, embedding_width
-        self._numerics = tuple(column for column in contract.features if not column.categorical)
-        names = [column.name for column in contract.features if column.categorical] + ["creative"] * bool(embedding_width)
+        names = [column.name for column in contract.categoricals] + ["creative"] * bool(embedding_width)
         self._seen = {name: np.empty(0, np.uint64) for name in names}
-        places = (*self._numerics, contract.position) if contract.position else self._numerics
+        places = (*contract.numerics, contract.position) if contract.position else contract.numerics
         self._sketches = {column.name: QuantilesSketch(1e-3, 1 << 40, 1) for column in places}
 
     def add(self, batch: pa.RecordBatch, labelled: pa.RecordBatch) -> None:
@@ -211,7 +202,7 @@ class Fitter:
             if len(values) > _POSITION_KNOTS:
                 values = np.unique(self._quantiles(position.name, _POSITION_KNOTS - 1))
             knots = tuple(values.tolist())
-        boundaries = tuple(_places(self._quantiles(column.name, QUANTILES)) for column in self._numerics)
+        boundaries = tuple(_places(self._quantiles(column.name, QUANTILES)) for column in self._contract.numerics)
         return Features(self._contract, tuple(map(Vocabulary.of, self._seen.values())), boundaries, knots, self._width)
 
     def grown(self, features: Features) -> tuple[Features, list[np.ndarray]]:

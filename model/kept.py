@@ -57,7 +57,7 @@ def kept() -> Iterator[Kept[Any]]:
 @contextlib.contextmanager
 def read_once(examples: Examples, contract: Contract) -> Iterator[Examples]:
     """The same examples without gate rows: all of them when they are read first, after that the labelled ones, from local disk."""
-    texts = {"creative", *(column.name for column in contract.features if column.categorical)}
+    texts = {"creative", *(column.name for column in contract.categoricals)}
     with kept() as rows:
         read = False
 

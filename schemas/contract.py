@@ -186,6 +186,14 @@ class Contract:
         return tuple(column for column in self.columns if not column.tags & taken)
 
     @property
+    def categoricals(self) -> tuple[Column, ...]:
+        return tuple(column for column in self.features if column.categorical)
+
+    @property
+    def numerics(self) -> tuple[Column, ...]:
+        return tuple(column for column in self.features if not column.categorical)
+
+    @property
     def carried(self) -> tuple[Column, ...]:
         """Key and segment columns, in the contract's order: what the score table shows of a row beside its score."""
         return tuple(column for column in self.kept if column.tags & {"key", "segment"})
