@@ -16,10 +16,11 @@ from model.saved import SavedModel
 
 EMBEDDING_WIDTH = 32
 _BATCH = 256
+_DROPOUT = 0.3
 _SHIFT = 3
 
 
-def build(dropout: float = 0.3, backbone: tuple[str, pathlib.Path] | None = None) -> Any:
+def build(backbone: tuple[str, pathlib.Path] | None = None) -> Any:
     """The untrained network: uint8 (n, 64, 64, 3) -> {"logit": float32 (n, 1), "embedding": float32 (n, EMBEDDING_WIDTH)}.
 
     `logit` is the effect of the image on the log-odds of a click; the embedding's last coordinate is the same, standardised. With a
@@ -35,7 +36,7 @@ def build(dropout: float = 0.3, backbone: tuple[str, pathlib.Path] | None = None
     x = _pretrained(pixels, *backbone) if backbone else _convolutions(pixels)
     # The mean says how much of something there is (clutter, text), the maximum whether it is there at all (a face, a button).
     x = layers.Concatenate()([layers.GlobalAveragePooling2D()(x), layers.GlobalMaxPooling2D()(x)])
-    x = layers.Dropout(dropout)(x)
+    x = layers.Dropout(_DROPOUT)(x)
     hidden = layers.Dense(EMBEDDING_WIDTH - 1, activation="gelu", name="hidden")(x)
     # Straight from the pooled features as well, which is learnt from fewer creatives.
     logit = layers.Dense(1, kernel_initializer="zeros", name="logit")(layers.Concatenate()([x, hidden]))

@@ -70,10 +70,10 @@ def train_encoder(
     all_rows, none = np.ones(len(found.months)), np.zeros(len(found.months), np.float32)
     _, levels, _ = fit_rows(columns, examples, found, seed, _COLUMNS, 0, progress, all_rows, none)
     creatives = _sums(examples, found, columns, levels)
-    tune = list(itertools.islice(minibatches(_thumbnails(thumbnails, creatives, splits.TUNE), 256, 0, None), _TUNE_THUMBNAILS // 256))
+    tune = list(itertools.islice(minibatches(_thumbnails(thumbnails, creatives, splits.TUNE), 256), _TUNE_THUMBNAILS // 256))
     sizes = [(len(part["clicks"]), part["impressions"].sum(dtype=np.float64)) for part in _thumbnails(thumbnails, creatives, splits.TRAIN)]
     train, impressions = sum(rows for rows, _ in sizes), float(sum(shown for _, shown in sizes))
-    model = encoder.build(backbone=backbone)
+    model = encoder.build(backbone)
     spec = {"kind": "encoder", "fingerprint": contract.fingerprint, "base_rate": found.base_rate}
     counts = {"rows": found.rows, "clicks": found.clicks, "impressions": found.impressions, "creatives": train}
     if not train:
@@ -95,7 +95,7 @@ def train_encoder(
     encoder.convolve_in(model, "float32")
     embeddings = [
         model({"thumbnail": batch["thumbnail"]}, training=False)["embedding"].numpy()[batch["impressions"] > 0]
-        for batch in minibatches(_thumbnails(thumbnails, creatives, splits.TRAIN), 256, _POOL_THUMBNAILS, None)
+        for batch in minibatches(_thumbnails(thumbnails, creatives, splits.TRAIN), 256)
     ]
     encoder.standardise(model, np.concatenate(embeddings))
     write(model, folder, spec)
@@ -118,7 +118,7 @@ def _sums(examples: Examples, found: Survey, columns: Any, levels: np.ndarray) -
     sums, log_odds = None, log_odds_of(columns, levels)
     for arrays, split, rows in labelled(examples, found, 0):
         use = (split == splits.split_of_creatives(rows["creative"])) & rows["creative"].is_valid().to_numpy(zero_copy_only=False)
-        logits = [log_odds(part) for part in minibatches([arrays], ranker.BATCH, 0, None)]
+        logits = [log_odds(part) for part in minibatches([arrays], ranker.BATCH)]
         expected = ranker.probabilities(np.concatenate(logits)[: len(rows)]) * arrays["impressions"]
         values = (arrays["clicks"].astype(np.float64)[use], arrays["impressions"].astype(np.float64)[use], expected[use])
         part = pa.table({"creative": rows["creative"].filter(pa.array(use)).cast(pa.string()), **dict(zip(names, values, strict=True))})

@@ -215,7 +215,7 @@ class Fitter:
         return np.sort(values[np.isfinite(values)]) if len(values) and np.isfinite(values).any() else np.zeros(1)
 
 
-def minibatches(blocks: Iterable[Arrays], size: int, pool: int, rng: np.random.Generator | None) -> Iterator[Arrays]:
+def minibatches(blocks: Iterable[Arrays], size: int, pool: int = 0, rng: np.random.Generator | None = None) -> Iterator[Arrays]:
     """Cut blocks of any length into batches of `size` rows, shuffled within pools of at least `pool` rows if `rng` is given.
 
     The last batch is filled up with its own rows again, of 0 clicks and 0 impressions, so that they weigh nothing.

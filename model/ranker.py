@@ -20,7 +20,7 @@ from model.seen import UNKNOWN
 
 BATCH = 8192
 _CLIP = 1e-7
-WIDTH, RANK, CROSSES, TOWER = 8, 24, 2, (64, 32)
+WIDTH, RANK, CROSSES, TOWER, DROPOUT = 8, 24, 2, (64, 32), 0.1
 # Prior precisions of the weights by a part of their name; the first that fits counts.
 PRECISIONS = {
     "creative_effect": 16.0,
@@ -38,7 +38,7 @@ _DENSE = ("numeric", "history", "embedding", "has_image", "constant")
 _IMAGE_INPUTS = ("embedding", "has_image")
 
 
-def build(features: Features, base_rate: float, dropout: float = 0.1) -> Any:
+def build(features: Features, base_rate: float) -> Any:
     """The untrained network: the arrays of `Features.arrays` -> {"logit": float32 (n, 1), "calibrated": the same, calibrated}.
 
     Untrained, it says `base_rate` of any row.
@@ -90,7 +90,7 @@ def build(features: Features, base_rate: float, dropout: float = 0.1) -> Any:
         x = layers.Add()([layers.Multiply()([x0, layers.Dense(x0.shape[-1], name=f"cross_{number}_out")(inner)]), x])
     deep = x0
     for number, units in enumerate(TOWER):
-        deep = layers.Dropout(dropout)(layers.Dense(units, activation="relu", kernel_initializer="he_normal", name=f"deep_{number}")(deep))
+        deep = layers.Dropout(DROPOUT)(layers.Dense(units, activation="relu", kernel_initializer="he_normal", name=f"deep_{number}")(deep))
     bias = initializers.Constant(float(np.log(base_rate) - np.log1p(-base_rate)))
     head = layers.Dense(1, kernel_initializer="zeros", bias_initializer=bias, name="head")
     logit = layers.Add()([head(layers.Concatenate()([x, deep])), *added]) if added else head(layers.Concatenate()([x, deep]))

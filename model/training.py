@@ -137,7 +137,7 @@ def train_ranker(
     slope, shift = calibration.fit(rest, hats @ effects, clicks, impressions)
     # What is scored is the newest month, and months differ in height.
     newest = labelled(lambda epoch: (b for b in examples(epoch) if month_of(b) == months[-1]), found, 0)
-    batches = itertools.islice(minibatches((arrays for arrays, _, _ in newest), ranker.BATCH, 0, None), _HEIGHT_ROWS // ranker.BATCH)
+    batches = itertools.islice(minibatches((arrays for arrays, _, _ in newest), ranker.BATCH), _HEIGHT_ROWS // ranker.BATCH)
     parts = (_without_position([batch], log_odds, effects) for batch in batches)
     shift += calibration.height((slope * rest + shift, hats @ effects, c, n) for rest, hats, c, n in parts)
     level = float(levels[-1]) + shift / slope
@@ -200,7 +200,7 @@ def _by_key(examples: Examples, found: Survey, log_odds: LogOdds, effects: np.nd
     """TRAIN and TUNE rows as `position.within_keys` wants them, without history: a key's has its earlier positions in it."""
     for arrays, _, rows in labelled(examples, found, 0):
         bare = {**arrays, "history": np.zeros_like(arrays["history"])}
-        logits, *_ = _without_position(minibatches([bare], ranker.BATCH, 0, None), log_odds, effects)
+        logits, *_ = _without_position(minibatches([bare], ranker.BATCH), log_odds, effects)
         yield hashes_of_rows(rows["key"], "key"), arrays["clicks"], arrays["impressions"], logits[: len(rows)], arrays["position"]
 
 
@@ -328,7 +328,7 @@ def fit_rows(
                 batch["history"][:, :OF_KEY_AND_CREATIVE] *= known
             yield batch
         if epoch == 0:
-            tune[:] = minibatches(tune[:], ranker.BATCH, 0, None)
+            tune[:] = minibatches(tune[:], ranker.BATCH)
 
     descent = Descent(read, found.impressions, size, epochs, settings.rate, settings.patience, ranker.PRECISIONS, levels)
     with kept() as made:
