@@ -289,15 +289,7 @@ class CommitStage(beam.PTransform):
         return receipts | "Collect" >> beam.combiners.ToList() | "CreateManifest" >> beam.Map(self._commit)
 
     def _commit(self, receipts: list[Receipt]) -> Manifest:
-        return lake.commit(self.storage, self.folder, Manifest(self.stage, tuple(one_receipt_each(receipts)), self.info))
-
-
-def one_receipt_each(told: Iterable[Receipt]) -> list[Receipt]:
-    """Exactly one receipt of each unit, in the order of the units, of what all attempts have told."""
-    by_unit: dict[str, list[Receipt]] = {}
-    for receipt in told:
-        by_unit.setdefault(receipt.unit, []).append(receipt)
-    return [lake.one_receipt_each(by_unit[unit]) for unit in sorted(by_unit)]
+        return lake.commit(self.storage, self.folder, Manifest(self.stage, tuple(lake.one_receipt_each(receipts)), self.info))
 
 
 @dataclasses.dataclass(frozen=True)

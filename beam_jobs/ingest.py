@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from apache_beam import pvalue
 
 from beam_jobs import duplicates, statistics
-from beam_jobs.arrow import CommitStage, Repartition, ShardPair, Unit, one_receipt_each, pair_shards, read_table, shards_for
+from beam_jobs.arrow import CommitStage, Repartition, ShardPair, Unit, pair_shards, read_table, shards_for
 from beam_jobs.config import Config
 from beam_jobs.run import MonthRun
 from beam_jobs.threads import EachInThreads, InThreads
@@ -169,7 +169,7 @@ def reject_duplicates(unit: Unit, run: MonthRun) -> tuple[str, Receipt]:
 
 def whole_file(file: str, told: Iterable[Receipt], storage: Storage, folder: str) -> Receipt:
     """One receipt of all that was told of a file; its rejects together, with the numbers that their rows have in the file."""
-    receipts = one_receipt_each(told)
+    receipts = lake.one_receipt_each(told)
     counts = sum((Counter(receipt.counts) for receipt in receipts), Counter[str]())
 
     def numbered() -> Iterator[pa.RecordBatch]:

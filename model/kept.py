@@ -4,6 +4,7 @@ Rows come from the lake once, for the survey, and arrays are made of them once, 
 """
 
 import contextlib
+import itertools
 import os
 import pickle
 import shutil
@@ -26,31 +27,29 @@ class Kept(Generic[T]):
 
     def __init__(self, file: IO[bytes]):
         self._file, self._room = file, shutil.disk_usage(tempfile.gettempdir()).free // 2
-        self._starts: list[int] | None = []
+        self._ends: list[int] | None = [0]
 
     def put(self, value: T) -> None:
-        if self._starts is None:
+        if self._ends is None:
             return
-        self._starts.append(self._file.seek(0, os.SEEK_END))
-        # Of this protocol, the buffers of arrays and columns go to the file as they are.
-        pickle.dump(value, self._file, protocol=5)
-        if self._file.tell() > self._room:
+        self._ends.append(self._ends[-1] + self._file.write(pickle.dumps(value, protocol=5)))
+        if self._ends[-1] > self._room:
             self._file.truncate(0)
-            self._starts = None
+            self._ends = None
 
     def again(self, rng: np.random.Generator) -> Iterator[T] | None:
         """The values in a random order; None where they were not kept."""
-        return None if self._starts is None else map(self._read, rng.permutation(self._starts).tolist())
+        return None if self._ends is None else map(self._read, rng.permutation(list(itertools.pairwise(self._ends))).tolist())
 
-    def _read(self, start: int) -> T:
-        self._file.seek(start)
-        return pickle.load(self._file)
+    def _read(self, span: tuple[int, int]) -> T:
+        start, end = span
+        return pickle.loads(os.pread(self._file.fileno(), end - start, start))
 
 
 @contextlib.contextmanager
 def kept() -> Iterator[Kept[Any]]:
     """In a file that ends with this."""
-    with tempfile.TemporaryFile(prefix="adstocrat-") as file:
+    with tempfile.TemporaryFile(prefix="adstocrat-", buffering=0) as file:
         yield Kept(file)
 
 

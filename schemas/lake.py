@@ -5,10 +5,11 @@ the manifest lists and never a glob; what it does not list is garbage of an atte
 """
 
 import dataclasses
+import itertools
 import json
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from schemas.storage import Storage, parsed
@@ -174,9 +175,10 @@ def commit(storage: Storage, folder: str, manifest: Manifest) -> Manifest:
     return adopted
 
 
-def one_receipt_each(receipts: Sequence[Receipt]) -> Receipt:
-    """Of the receipts of one unit, told by attempts that a runner repeated, the one that counts: the same whatever the order."""
-    return min(receipts, key=lambda receipt: receipt.file)
+def one_receipt_each(told: Iterable[Receipt]) -> list[Receipt]:
+    """Of all that attempts have told, which a runner may repeat, one receipt of each unit: the same whatever the order, by unit."""
+    ordered = sorted(told, key=lambda receipt: (receipt.unit, receipt.file))
+    return [next(same) for _, same in itertools.groupby(ordered, lambda receipt: receipt.unit)]
 
 
 @dataclasses.dataclass(frozen=True)
