@@ -114,7 +114,8 @@ class Repartition(beam.PTransform):
         storage, spill: where the spill files go; a folder of this launch's own, removed when its stage is committed.
         shards: how many there are.
         assign: RecordBatch → shard of each row, shape (rows,), integers in [0, shards).
-        unit_rows: a shard of more rows is cut into units of at most that many, and about equal; None never cuts.
+        unit_rows: a shard of more rows is cut into units of at most that many, unless one section has more, and about
+            equal; None never cuts.
     """
 
     storage: Storage
@@ -244,16 +245,23 @@ def spill_sections(
 def cut_into_units(grouped: tuple[int, Iterable[Section]], unit_rows: int | None) -> Iterator[Unit]:
     """The units of one shard. Sections are ordered by their content, not by attempt-unique names, so a run can be repeated exactly."""
     shard, sections = grouped[0], sorted(grouped[1], key=lambda section: (section.crc32c, section.rows, section.length))
-    rows, most = sum(section.rows for section in sections), unit_rows or sys.maxsize
-    units = -(-rows // most)
-    part, held, parts = list[Section](), 0, 0
+    most = unit_rows or sys.maxsize
+    # As many as there are if each is filled up, and then with about as many rows each.
+    enough = sum(section.rows for section in sections) / len(list(_cut(sections, most, most)))
+    for number, part in enumerate(_cut(sections, most, enough)):
+        yield Unit(shard, number, tuple(part))
+
+
+def _cut(sections: Iterable[Section], most: int, enough: float) -> Iterator[list[Section]]:
+    """Parts of up to `most` rows that end when they have `enough`."""
+    part, held = list[Section](), 0
     for section in sections:
-        if part and (held * units >= rows or held + section.rows > most):
-            yield Unit(shard, parts, tuple(part))
-            part, held, parts = [], 0, parts + 1
+        if part and (held >= enough or held + section.rows > most):
+            yield part
+            part, held = [], 0
         part.append(section)
         held += section.rows
-    yield Unit(shard, parts, tuple(part))
+    yield part
 
 
 def read_unit(storage: Storage, unit: Unit) -> Iterator[pa.RecordBatch]:

@@ -217,6 +217,7 @@ def load(path: str | None, flags: Mapping[str, Any]) -> Config:
 
     Raises:
         ConfigError: no such file, not a mapping, an unknown setting, or a value that cannot be used.
+        ValueError, OSError: as `read_text`.
     """
     settings: dict[str, Any] = {}
     if path:

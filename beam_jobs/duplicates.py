@@ -62,10 +62,11 @@ def find_duplicates(unit: Unit, storage: Storage) -> Iterator[pa.RecordBatch]:
         if rows >= max(_ROWS_AT_ONCE, len(first)):
             table = pa.concat_tables([first, pa.Table.from_batches(held)])
             later = _later(table)
-            yield from table.filter(pa.array(later)).to_batches(BATCH_ROWS)
+            yield from table.filter(pa.array(later)).combine_chunks().to_batches(BATCH_ROWS)
             first, held, rows = table.filter(pa.array(~later)), [], 0
+            del table, later
     table = pa.concat_tables([first, pa.Table.from_batches(held, KEYED)])
-    yield from table.filter(pa.array(_later(table))).to_batches(BATCH_ROWS)
+    yield from table.filter(pa.array(_later(table))).combine_chunks().to_batches(BATCH_ROWS)
 
 
 def _later(table: pa.Table) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 The units' files lie under `statistics/<month>/<run>/units/`, named as the files of rows and of the creatives' index that they tell of; so a
 receipt that counts says which of them count. `merge` makes of them `statistics.pb`, a `DatasetFeatureStatisticsList` that TFDV and
-Facets read, and `sketches.parquet`, which later months are compared with.
+Facets read, and `sketches.parquet`, which later months are compared with and the run's page draws.
 """
 
 import dataclasses

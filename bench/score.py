@@ -97,9 +97,10 @@ def _scored_bare(run: Any, info: Any, ranker: Any, out: pathlib.Path) -> int:
 
 
 def _joined_bare(run: Any, info: Any) -> Iterator[tuple[str, pa.RecordBatch]]:
+    from schemas.lake import month_number
     from schemas.parquet import read_parquet
 
-    root, month = pathlib.Path(run.storage.uri), pa.scalar(int(run.month[:4]) * 12 + int(run.month[5:]) - 1, pa.int32())
+    root, month = pathlib.Path(run.storage.uri), pa.scalar(month_number(run.month), pa.int32())
     index, embeddings, rows = (
         {receipt.unit.split("/")[1]: receipt.file for receipt in run.manifest(folder).receipts if not receipt.unit.startswith("file/")}
         for folder in (run.stage("creatives"), f"embeddings/{info['encoder']}/{run.month}/{run.id}", run.stage("rows"))

@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from model import splits
-from model.images import THUMBNAIL_SIZE
 from model.seen import MAX_VALUES, History, Vocabulary, coded, present
 from schemas import contract as contracts
 from schemas.contract import Contract
@@ -311,6 +310,8 @@ def embedding_matrix(column: pa.Array) -> np.ndarray:
 
 def pixels_of(thumbnails: pa.Array) -> np.ndarray:
     """Thumbnails, uint8 (n, 64, 64, 3), of a column of their bytes, without a copy."""
+    from model.images import THUMBNAIL_SIZE  # With it comes Pillow, which few who look at features need.
+
     return _bytes_of(thumbnails).reshape(-1, THUMBNAIL_SIZE, THUMBNAIL_SIZE, 3)
 
 

@@ -215,6 +215,7 @@ def load(path: pathlib.Path | str) -> Contract:
 
     Raises:
         ContractError: no such file, not a TensorFlow Metadata Schema in text form, or a column that cannot be used.
+        ValueError, OSError: as `read_text`.
     """
     try:
         text = read_text(str(path))

@@ -146,7 +146,10 @@ def read_text(file: str) -> str:
     if "://" not in file:
         return pathlib.Path(file).read_text("utf-8")
     folder, _, name = file.rpartition("/")
-    return open_storage(folder).read(name).decode("utf-8")
+    try:
+        return open_storage(folder).read(name).decode("utf-8")
+    except (PermissionError, TimeoutError) as error:
+        raise type(error)(f"{file} cannot be read: {error}") from error
 
 
 def _linked(path: pathlib.Path, name: pathlib.Path) -> bool:

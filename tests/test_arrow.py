@@ -167,8 +167,19 @@ def test_a_hot_shard_is_cut(storage: Folder, monkeypatch: pytest.MonkeyPatch, un
         assert all(sum(section.rows for section in unit.sections) <= (unit_rows or ROWS) for unit in parts)
     # 15 sections of 180 rows each are as full as they can be.
     assert len(by_shard[3]) == (-(-15 // (unit_rows // 180)) if unit_rows else 1)
-    # And no unit is left with what the others had no room for.
-    assert {len(unit.sections) for unit in by_shard[3]} <= {1, 2, 15}
+
+
+def test_parts_of_a_hot_shard_are_about_equal() -> None:
+    """And no more than there have to be: what others have no room for is no unit of its own."""
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        rows = rng.integers(20_000, 60_000, rng.integers(20, 100)).tolist()
+        sections = [arrow.Section(f"s{i}", 0, 1, count, f"{i:08x}") for i, count in enumerate(rows)]
+        units = list(arrow.cut_into_units((7, sections), 600_000))
+        assert [section for unit in units for section in unit.sections] == sections
+        sizes = [sum(section.rows for section in unit.sections) for unit in units]
+        assert max(sizes) <= 600_000 and min(sizes) > max(sizes) / 4
+        assert len(units) <= -(-sum(rows) // (600_000 - 60_000))
 
 
 def test_a_run_can_be_repeated_exactly(storage: Folder, monkeypatch: pytest.MonkeyPatch) -> None:

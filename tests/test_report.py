@@ -12,14 +12,16 @@ from collections.abc import Iterator
 
 import browser as browsers
 import numpy as np
+import pyarrow as pa
 import pytest
 import reported
 from playwright.sync_api import Browser, Page, expect
 from reported import HOSTILE, LAST, THIS, World
 
 from beam_jobs import month as months
-from beam_jobs import report, report_scores
+from beam_jobs import plots, report, report_scores, statistics
 from beam_jobs.cli import main
+from beam_jobs.report_sections import panels
 from beam_jobs.run import MonthRun, StageError
 from schemas import lake
 
@@ -306,3 +308,10 @@ def test_a_report_is_made_and_opens_quickly(chromium: Browser, tmp_path: pathlib
     page.close()
     print(f"{world.rows:,} rows: made in {made:.1f} s, {path.stat().st_size / 1e6:.2f} MB, open in {opens:.2f} s")
     assert (made < 20 or not LONG) and path.stat().st_size < 6e6 and opens < 2
+
+
+def test_a_property_of_images_that_one_month_alone_tells_is_drawn_as_the_comparison_tells_it() -> None:
+    row = {"kind": "drift", "column": "image", "value": "size", "last": 0.1, "this": 0.4, "alarm": True}
+    known = {("image", "size"): statistics.of_column(pa.array(np.arange(21.0)), categorical=False)}
+    for last, this in (({}, known), (known, {})):
+        assert panels([row], last, this) == [plots.Panel("image", ["size"], [0.1], [0.4], True)]
