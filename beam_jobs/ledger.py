@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from beam_jobs.run import MonthRun, StageError
+from schemas import lake
 from schemas.retries import take_retries
 from schemas.storage import Storage
 from serving.shard import read_header
@@ -27,8 +28,8 @@ def take(run: MonthRun) -> dict[str, Any]:
     lookup = run.manifest(run.stage("lookup"))
     packs = run.manifest(run.stage("creatives", "packs"))
     index = run.manifest(run.stage("creatives"))
-    embeddings = f"embeddings/{scores.info['encoder']}"
-    embedded, gathered = run.left(embeddings, "packs"), run.left(embeddings)
+    embeddings = lake.embeddings_folder(scores.info["encoder"], run.month, run.id)
+    embedded, gathered = (lake.read_manifest(run.storage, folder) for folder in (f"{embeddings}/packs", embeddings))
     rejected, steps = rows.counts("rejected:"), used(run)
     counts = {
         "read": rows.count("read"),

@@ -210,7 +210,7 @@ def _embed_is_complete(run: MonthRun) -> bool:
 
 
 def _tell_embed(run: MonthRun) -> tuple[str, int]:
-    embedded = run.manifest(run.stage(f"embeddings/{run.encoder}", "packs")).count("embedded")
+    embedded = run.manifest(lake.embeddings_folder(run.encoder, run.month, run.id) + "/packs").count("embedded")
     return f"{embedded:,} new creatives embedded by {run.encoder}", embedded
 
 

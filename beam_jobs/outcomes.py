@@ -17,7 +17,7 @@ FOLDER = "outcomes"
 
 def write(run: MonthRun) -> Manifest:
     """A file for each unit of the run's rows that has outcomes; those that are there already are taken."""
-    there = lake.read_manifest(run.storage, run.stage(FOLDER))
+    there = run.left(FOLDER)
     if there:
         return there
     rows = run.manifest(run.stage("rows")).receipts

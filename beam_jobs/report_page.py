@@ -164,7 +164,7 @@ def _stages(left: _Left) -> dict | None:
     made = {kind: lake.read_manifest(run.storage, lake.model_folder(kind, run.version)) for kind in ("encoder", "ranker")}
     trained = {kind: manifest.info["training"]["rows"] if manifest else None for kind, manifest in made.items()}
     encoder = left.scores.info["encoder"] if left.scores else run.encoder
-    embedded = run.left(f"embeddings/{encoder}", "packs")
+    embedded = lake.read_manifest(run.storage, lake.embeddings_folder(encoder, run.month, run.id) + "/packs")
     units = {
         "ingest": _count(left.rows, "read"),
         "creatives-packs": _count(left.packs, "fetched"),

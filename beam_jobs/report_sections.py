@@ -192,12 +192,12 @@ def panels(compared: Sequence[Mapping[str, Any]], last: Known, this: Known) -> l
         key = keys[0] if keys else (row["column"], told)
         if key in found or len(found) == _MULTIPLES:
             continue
-        both, title = [month[key] for month in (last, this) if key in month], " ".join(filter(None, key))
-        if len(both) == 2 and all(len(each.ranks) for each in both):
+        both, title = [month[key] for month in (last, this) if keys], " ".join(filter(None, key))
+        if both and all(len(each.ranks) for each in both):
             # The ends may be far out.
             a, b = (each.ranks[:: len(each.ranks) // _QUANTILES][1:-1].tolist() for each in both)
             found[key] = plots.Panel(title, [], a, b, alarm)
-        elif len(both) == 2 and all(each.counts for each in both):
+        elif both and all(each.counts for each in both):
             old, new = ({value: count / each.known for value, count in each.counts.items()} for each in both)
             # What was told of stands first.
             labels = sorted({*old, *new}, key=lambda label: (label != told, -max(old.get(label, 0.0), new.get(label, 0.0))))[:_BARS]

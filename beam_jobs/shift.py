@@ -61,7 +61,7 @@ def _crossed(run: MonthRun, old: Manifest, now: float, new: Manifest) -> float |
     """The mean that last month's model gives this month's rows: this month's own, moved by how far the two are apart on a sample."""
     encoder, ranker = old.info["encoder"], old.info["ranker"]
     made = lake.read_manifest(run.storage, lake.model_folder("ranker", ranker))
-    embedded = run.left(f"embeddings/{encoder}")
+    embedded = lake.read_manifest(run.storage, lake.embeddings_folder(encoder, run.month, run.id))
     if not made or not embedded or made.info.get("format") != registry.FORMAT:
         return None
     try:

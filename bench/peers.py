@@ -33,11 +33,11 @@ def colour_statistics(thumbnails: pa.Table) -> np.ndarray:
     return np.concatenate([pixels.mean(axis=1), pixels.std(axis=1), hues, turns], axis=1)
 
 
-def planted(work: pathlib.Path, months: Sequence[Month], thumbnails: pa.Table) -> np.ndarray:
+def planted(folder: pathlib.Path, months: Sequence[Month], thumbnails: pa.Table) -> np.ndarray:
     """The properties that were planted in each picture, float (creatives, 6)."""
     known: dict[str, list[float]] = {}
     for month in months:
-        table = pq.read_table(work / lake.truth(month.name).replace(month.name, f"creatives-{month.name}"))
+        table = pq.read_table(folder / lake.truth(month.name).replace(month.name, f"creatives-{month.name}"))
         for row in table.to_pylist():
             known[row["name"]] = [row[name] for name in ("call_to_action", "face", "clutter", "text", "warmth", "hue")]
     return np.array([known[name] for name in thumbnails["name"].to_pylist()])
@@ -46,7 +46,8 @@ def planted(work: pathlib.Path, months: Sequence[Month], thumbnails: pa.Table) -
 class Peers:
     """The window's rows as matrices, split as the ranker's are."""
 
-    def __init__(self, months: Sequence[Month], thumbnails: pa.Table) -> None:
+    def __init__(self, folder: pathlib.Path, months: Sequence[Month], thumbnails: pa.Table) -> None:
+        self.planted = planted(folder, months, thumbnails)
         rows = pa.concat_tables([month.rows for month in months]).combine_chunks()
         split = splits.split_of_rows(rows["key"].combine_chunks(), rows["creative"].combine_chunks())
         shown = pc.fill_null(rows["impressions"], 0).to_numpy()

@@ -10,6 +10,7 @@ The first run of a seed draws its months and trains an encoder (some 5 minutes o
 """
 
 import argparse
+import copy
 import dataclasses
 import functools
 import json
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +34,9 @@ from model import splits, tensorflow
 from model.features import MONTH, embedding_column
 from model.training import Examples, Settings, train_ranker
 from schemas import lake
+
+if TYPE_CHECKING:
+    from bench.peers import Peers
 
 PARTS = ("ladder", "calibration", "position", "negatives", "real", "refresh")
 # What was told: headings, and of each its bars, what was found of them, what by seed, and whether they are reached.
@@ -125,21 +130,24 @@ class Seed:
         return np.concatenate([ranker.predict(self.joined(self.months[-1], batch, embeddings), at_reference) for batch in chosen])
 
     @functools.cached_property
+    def peers(self) -> "Peers":
+        from bench.peers import Peers
+
+        return Peers(self.lake, self.months, self.thumbnails)
+
+    @functools.cached_property
     def informed(self) -> list[float]:
         """What a regression with the planted properties expects of the gate's clicks, of the truth.
 
         First where it learns from the clicks that were drawn, then from those that were to be expected, so that the choice of gate keys and
         creatives is all the chance that is left, and then from clicks that are drawn anew, five times.
         """
-        from bench.peers import Peers, planted
-
-        peers, rng = Peers(self.months, self.thumbnails), np.random.default_rng(self.seed)
-        properties, every = planted(self.lake, self.months, self.thumbnails), np.ones(len(self.gate.truth), bool)
+        peers, every, rng = copy.copy(self.peers), np.ones(len(self.gate.truth), bool), np.random.default_rng(self.seed)
         anew = [rng.binomial(peers.shown.astype(np.int64), peers.truth).astype(float) for _ in range(5)]
         found = []
         for clicks in (peers.clicks, peers.shown * peers.truth, *anew):
             peers.clicks = clicks
-            found.append(self.gate.ratio(peers.regression(properties, (0.1,))[1], every))
+            found.append(self.gate.ratio(peers.regression(peers.planted, (0.1,))[1], every))
         return found
 
 
@@ -183,13 +191,12 @@ class Gate:
 
 
 def ladder(seeds: list[Seed]) -> None:
-    from bench.peers import Peers, colour_statistics, planted
+    from bench.peers import colour_statistics
 
     found: dict[str, list[dict[str, float]]] = {}
     for seed in seeds:
-        gate, peers = seed.gate, Peers(seed.months, seed.thumbnails)
-        properties = planted(seed.lake, seed.months, seed.thumbnails)
-        given = min(peers.regression(properties), peers.trees(properties), key=lambda pair: pair[0])[1]
+        gate, peers = seed.gate, seed.peers
+        given = min(peers.regression(peers.planted), peers.trees(peers.planted), key=lambda pair: pair[0])[1]
         order = np.random.default_rng(seed.seed).permutation(len(seed.creatives))
         permuted = seed.embeddings(seed.months, "permuted-encoder", order)
         rungs = {
